@@ -1,0 +1,412 @@
+"""The decode loop: prompts x conditions x samples as rows of as few batches as memory allows.
+
+Every row has its own interventions and its own random numbers. Work that rows have in common is
+done once: all but the last token of a prompt run once for every condition that leaves them alone,
+and once per condition otherwise; the samples of one prompt under one condition part only after
+that. Rows that finish leave the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .activations import encode, input_device, new_cache, pad_id, pad_left
+from .interventions import Condition, Intervention, Steering, first_position, interventions
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+Stop = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass
+class Row:
+    """One completion in the making."""
+
+    prompt: int
+    condition: int
+    sample: int
+    prompt_ids: list[int]
+    acts: list[Intervention]
+    draws: np.ndarray  # one uniform number per new token
+    new: list[int] = field(default_factory=list)
+    text: str = ""
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. See `generate`."""
+
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    top_p: float = 0.3
+    frequency_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+        if not self.frequency_penalty >= 0:
+            raise ValueError(f"frequency_penalty must be 0 or more, got {self.frequency_penalty}.")
+
+
+def generate(
+    model: TransformerBridge,
+    prompts: str | Sequence[str],
+    conditions: Mapping[str, Condition] | None = None,
+    n_samples: int = 8,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 0.3,
+    frequency_penalty: float = 1.0,
+    *,
+    stop: Stop = None,
+    batch_size: int | None = None,
+    use_cache: bool = True,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Sample completions of every prompt under every condition.
+
+    The defaults are the first document's sampling (its "Demonstrations": seed 0, temperature 1.0,
+    top-p 0.3, frequency penalty 1.0). As in the library it used, the penalty counts a token's
+    occurrences in prompt and completion, is subtracted after the temperature, before top-p, and
+    does not apply to greedy decoding.
+
+    Args:
+        prompts: one text or several different ones.
+        conditions: name -> condition (`interventions.Add`, `Ablate`, a `SteeringVector`, a list
+            of these, or None for the unsteered control). Default: the control alone.
+        n_samples: completions per prompt and condition.
+        max_new_tokens: length limit in tokens.
+        seed: sample i of a prompt draws the same random numbers under every condition, so that
+            conditions are compared like with like.
+        temperature: 0 means greedy (one sample is enough then).
+        stop: a string or several (the text ends before it), or a function of the text so far that
+            says whether to stop (the text is kept).
+        batch_size: rows per batch; by default what fits into memory.
+        use_cache: False recomputes everything at every step; slow, for checking.
+
+    Returns:
+        One row per completion, prompts x conditions x samples in order: prompt, condition,
+        sample, completion (new text only, special tokens dropped), n_tokens (of the completion),
+        stopped (True: it ended by itself; False: cut at max_new_tokens).
+
+    Raises:
+        ValueError: empty or repeated prompts, no condition, a condition that does not fit the
+            model or a prompt, or senseless sampling parameters.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    named = {"unsteered": None} if conditions is None else dict(conditions)
+    sampling = Sampling(max_new_tokens, temperature, top_p, frequency_penalty)
+    if not texts or not named or n_samples < 1:
+        raise ValueError(
+            f"Nothing to generate: {len(texts)} prompts, {len(named)} conditions, "
+            f"{n_samples} samples."
+        )
+    if len(set(texts)) < len(texts):
+        raise ValueError("A prompt occurs twice; use n_samples for more completions of a prompt.")
+    rows = make_rows(model, texts, list(named.values()), n_samples, sampling, seed)
+    bar = tqdm(
+        total=len(rows) * max_new_tokens, unit="tok", disable=not progress, leave=False
+    )
+    with bar:
+        run(model, rows, sampling, stop, batch_size, use_cache, bar.update)
+    names = list(named)
+    return pd.DataFrame(
+        [
+            (texts[r.prompt], names[r.condition], r.sample, r.text, len(r.new), r.stopped)
+            for r in rows
+        ],
+        columns=["prompt", "condition", "sample", "completion", "n_tokens", "stopped"],
+    )
+
+
+def make_rows(
+    model: TransformerBridge,
+    prompts: Sequence[str],
+    conditions: Sequence[Condition],
+    n_samples: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[Row]:
+    """All rows in order, checked: every condition fits the model and every prompt."""
+    acts = [interventions(c, model) for c in conditions]
+    rows = []
+    for p, prompt in enumerate(prompts):
+        ids = encode(model, prompt)
+        for a in acts:
+            first_position(a, len(ids))
+        # Seeded by content, not by place: the same prompt gets the same draws in any company.
+        key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
+        draws = [
+            np.random.default_rng([seed, key, s]).random(sampling.max_new_tokens)
+            for s in range(n_samples)
+        ]
+        rows += [
+            Row(p, c, s, ids, acts[c], draws[s])
+            for c in range(len(conditions))
+            for s in range(n_samples)
+        ]
+    return rows
+
+
+def run(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    stop: Stop = None,
+    batch_size: int | None = None,
+    use_cache: bool = True,
+    tick: Callable[[int], Any] = lambda n: None,
+) -> None:
+    """Complete all rows in place, in batches of similar prompt length."""
+    order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition, r.sample))
+    longest = len(order[-1].prompt_ids) + sampling.max_new_tokens
+    size = batch_size or rows_that_fit(model, longest)
+    begin = 0
+    while begin < len(order):
+        batch = order[begin : begin + size]
+        try:
+            for done in decode(model, batch, sampling, stop, use_cache):
+                tick(done)
+        except RuntimeError as error:
+            if not _out_of_memory(error) or size == 1:
+                raise
+            size = max(1, len(batch) // 2)
+            for row in batch:
+                row.new, row.text, row.stopped = [], "", False
+            continue
+        begin += len(batch)
+
+
+def decode(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    stop: Stop = None,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """One batch, token by token, completing ``rows`` in place.
+
+    Yields after every step how many tokens are settled; between steps the model has no hooks, so
+    whoever iterates may do something else with it, or stop.
+    """
+    device, ends = input_device(model), end_tokens(model)
+    live = list(rows)
+    tokens, mask = pad_left([r.prompt_ids for r in live], pad_id(model), device)
+    history, seen = tokens, mask  # what the frequency penalty counts
+    steering = Steering(model, [r.acts for r in live], [len(r.prompt_ids) for r in live])
+    cache = None
+    for step in range(sampling.max_new_tokens):
+        lengths = [len(r.prompt_ids) + step for r in live]
+        with torch.no_grad():
+            if not use_cache:
+                logits = _forward(model, steering, lengths, history, mask, None)
+            elif cache is None:
+                logits, cache = _prefill(model, live)
+            else:
+                logits = _forward(model, steering, lengths, tokens, mask, cache)
+            draws = torch.tensor([r.draws[step] for r in live], device=device)
+            chosen = sample(logits, draws, sampling, history, seen)
+        keep = _advance(model, live, chosen.tolist(), ends, stop)
+        finished = len(live) - len(keep)
+        yield len(live) + finished * (sampling.max_new_tokens - step - 1)
+        if not keep:
+            return
+        if finished:
+            index = torch.tensor(keep, device=device)
+            live = [live[i] for i in keep]
+            steering.select(keep)
+            chosen, history, mask = chosen[index], history[index], mask[index]
+            if cache is not None:
+                cache.batch_select_indices(index)
+        tokens = chosen[:, None]
+        history = torch.cat([history, tokens], 1)
+        mask = seen = torch.cat([mask, torch.ones_like(tokens)], 1)
+    for row in live:
+        row.text = _text(model, row)
+
+
+def _forward(
+    model: TransformerBridge,
+    steering: Steering,
+    lengths: Sequence[int],
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Any,
+) -> torch.Tensor:
+    """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
+
+    ``tokens`` are their last columns, the ones that the cache does not hold yet.
+    """
+    steering.window([n - tokens.shape[1] for n in lengths], tokens.shape[1])
+    past = {} if cache is None else {"past_key_values": cache}
+    with steering.hooks():
+        return model.forward(tokens, attention_mask=mask, logits_to_keep=1, **past)[:, -1]
+
+
+def _prefill(model: TransformerBridge, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+    """Run the prompts, doing once what rows have in common.
+
+    Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
+    """
+    device = input_device(model)
+    # All but the last token depends on the prompt alone if the condition leaves it untouched.
+    untouched = [first_position(r.acts, len(r.prompt_ids)) >= len(r.prompt_ids) - 1 for r in rows]
+    heads, last_to_head = _distinct(
+        [(r.prompt, -1 if free else r.condition) for r, free in zip(rows, untouched, strict=True)]
+    )
+    lasts, row_to_last = _distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
+    cache = new_cache(model)
+    tokens, mask = pad_left([rows[i].prompt_ids for i in heads], pad_id(model), device)
+    if mask.shape[1] > 1:
+        lengths = [len(rows[i].prompt_ids) for i in heads]
+        steering = Steering(model, [[] if untouched[i] else rows[i].acts for i in heads], lengths)
+        ahead = [n - 1 for n in lengths]
+        _forward(model, steering, ahead, tokens[:, :-1], mask[:, :-1], cache)
+        index = torch.tensor([last_to_head[i] for i in lasts], device=device)
+        cache.batch_select_indices(index)
+    tokens, mask = pad_left([rows[i].prompt_ids for i in lasts], pad_id(model), device)
+    lengths = [len(rows[i].prompt_ids) for i in lasts]
+    steering = Steering(model, [rows[i].acts for i in lasts], lengths)
+    logits = _forward(model, steering, lengths, tokens[:, -1:], mask, cache)
+    index = torch.tensor(row_to_last, device=device)
+    cache.batch_select_indices(index)
+    return logits[index], cache
+
+
+def _distinct(keys: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """Index of the first of each distinct key, and for every key the place among these."""
+    places: dict[Any, int] = {}
+    first = []
+    for i, key in enumerate(keys):
+        if key not in places:
+            places[key] = len(first)
+            first.append(i)
+    return first, [places[key] for key in keys]
+
+
+def sample(
+    logits: torch.Tensor,
+    draws: torch.Tensor,
+    sampling: Sampling,
+    history: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """The next token of every row ``[row]``, by inverse transform of one uniform draw per row.
+
+    Args:
+        logits: ``[row, vocabulary]``.
+        draws: uniform numbers in [0, 1), ``[row]``.
+        history, seen: tokens so far and which of them count (not padding), ``[row, column]``.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scores = logits.float() / sampling.temperature
+    if sampling.frequency_penalty:
+        scores = scores.scatter_add(1, history, -sampling.frequency_penalty * seen.to(scores.dtype))
+    # The nucleus nearly always lies within the best few; sorting all of the vocabulary would take
+    # as long as the model's own step. Exact all the same: k grows until it holds the nucleus.
+    total = scores.logsumexp(-1, keepdim=True)
+    k = min(256, scores.shape[1])
+    while True:
+        top, index = scores.topk(k, dim=-1)
+        mass = (top - total).exp().cumsum(-1)
+        if k == scores.shape[1] or bool((mass[:, -1] >= sampling.top_p).all()):
+            break
+        k = min(16 * k, scores.shape[1])
+    # A token belongs to the nucleus if those before it do not reach top_p.
+    inside = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], 1) < sampling.top_p
+    size = inside.sum(-1, keepdim=True)
+    target = draws[:, None].to(mass.dtype) * mass.gather(1, size - 1)
+    choice = torch.minimum(torch.searchsorted(mass, target, right=True), size - 1)
+    return index.gather(1, choice)[:, 0]
+
+
+def _advance(
+    model: TransformerBridge, rows: list[Row], tokens: list[int], ends: set[int], stop: Stop
+) -> list[int]:
+    """Give every row its token; indices of the rows that go on."""
+    keep = []
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if token in ends:
+            row.stopped = True
+        else:
+            row.new.append(token)
+            if stop is not None:
+                row.text = _text(model, row)
+                row.stopped = _stops(row, stop)
+        if not row.stopped:
+            keep.append(i)
+        elif stop is None or token in ends:
+            row.text = _text(model, row)
+    return keep
+
+
+def _stops(row: Row, stop: Stop) -> bool:
+    """Whether the text says stop; a stop string and what follows it is cut off."""
+    if callable(stop):
+        return bool(stop(row.text))
+    words = [stop] if isinstance(stop, str) else list(stop or ())
+    found = [at for word in words if (at := row.text.find(word)) >= 0]
+    if found:
+        row.text = row.text[: min(found)]
+    return bool(found)
+
+
+def _text(model: TransformerBridge, row: Row) -> str:
+    """The new text. Decoded behind the last prompt token, since some tokenizers drop a leading
+    space at the start of a text."""
+    decode = model.tokenizer.decode
+    before = row.prompt_ids[-1:]
+    whole = decode(before + row.new, skip_special_tokens=True)
+    return whole[len(decode(before, skip_special_tokens=True)) :]
+
+
+def end_tokens(model: TransformerBridge) -> set[int]:
+    """Tokens that end a text: the tokenizer's and those of the generation config."""
+    ends = {model.tokenizer.eos_token_id}
+    config = getattr(model.original_model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    ends |= set(more) if isinstance(more, list) else {more}
+    return {e for e in ends if e is not None}
+
+
+def rows_that_fit(model: TransformerBridge, length: int) -> int:
+    """How many rows of ``length`` tokens fit into half of the memory that is free now."""
+    cfg = model.cfg
+    device = input_device(model)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    item = torch.finfo(cfg.dtype).bits // 8
+    cache = 2 * cfg.n_layers * heads * cfg.d_head * length * item
+    # Cache (twice, while it grows), the logits and their copies in float32, one block's workings.
+    row = 2 * cache + 4 * cfg.d_vocab * 4 + length * (cfg.n_heads * length + 8 * cfg.d_model) * 4
+    return int(max(1, min(1024, free // 2 // row)))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        phrase in text for phrase in ("out of memory", "can't allocate memory", "cannot allocate")
+    )

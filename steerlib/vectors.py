@@ -1,0 +1,397 @@
+"""`SteeringVector`: what is added to the residual stream, and where it came from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .activations import _capture_groups, _common_prefix, check_layers, check_site, encode
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_FORMAT = "steerlib.vector.1"
+METHODS = ("mean", "pca", "probe")
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """For each layer a float32 tensor ``[n_positions, d_model]``, to be added to the stream.
+
+    ``n_positions == 1`` makes it a direction. ``a + b``, ``a - b``, ``-a``, ``5 * a`` and ``a / 2``
+    work layer by layer; layers that only one operand has are kept. With vectors that act at the
+    front, the shorter one counts as zero beyond its end.
+
+    Attributes:
+        layers: layer number -> tensor.
+        site: ``resid_pre`` or ``resid_post``.
+        at: where a bare vector acts when it is used as a condition (see `interventions.Add`).
+        meta: where it came from: model, prompts, method.
+
+    Source: first document, "How activation additions work"; second document, "How to identify
+    the vectors". The operators follow repeng's control vectors.
+    """
+
+    layers: Mapping[int, torch.Tensor]
+    site: str = "resid_pre"
+    at: str = "front"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
+        if not self.layers:
+            raise ValueError("A steering vector needs at least one layer.")
+        shapes = {tuple(t.shape) for t in self.layers.values()}
+        if len(shapes) > 1 or any(len(s) != 2 or 0 in s for s in shapes):
+            raise ValueError(
+                "Every layer of a steering vector needs the same shape [n_positions, d_model], "
+                f"got {sorted(shapes)}."
+            )
+        for layer, tensor in self.layers.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"The vector at layer {layer} has NaN or infinite entries.")
+
+    @property
+    def n_positions(self) -> int:
+        return next(iter(self.layers.values())).shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return next(iter(self.layers.values())).shape[1]
+
+    def __repr__(self) -> str:
+        name = self.meta.get("name", "SteeringVector")
+        return (
+            f"<{name}: {self.site}, layers {sorted(self.layers)}, {self.n_positions} position(s), "
+            f"d_model {self.d_model}, at={self.at!r}>"
+        )
+
+    # ---------------------------------------------------------------- made from text
+
+    @classmethod
+    def from_prompts(
+        cls,
+        model: TransformerBridge,
+        plus: str,
+        minus: str | None = None,
+        *,
+        layer: int | Iterable[int],
+        site: str = "resid_pre",
+        pad: str = " ",
+    ) -> SteeringVector:
+        """Activation addition: the stream of ``plus`` minus that of ``minus``, token by token.
+
+        The shorter prompt is padded on the right with the token ``pad``, so that both span the
+        same positions (first document, footnote 6). ``minus=""`` is therefore a prompt of pad
+        tokens only; ``minus=None`` subtracts nothing, which leaves position 0 (BOS) in the vector.
+
+        Args:
+            layer: one block number or several; before which block, for ``resid_pre``.
+
+        Returns:
+            A vector with ``n_positions`` = tokens of the longer prompt, acting at the front.
+
+        Raises:
+            ValueError: unknown layer or site, empty ``plus``, or ``pad`` is not one token.
+        """
+        plus_ids = encode(model, plus)
+        minus_ids = None
+        if minus is not None:
+            pad_ids = model.tokenizer(pad, add_special_tokens=False)["input_ids"]
+            if len(pad_ids) != 1:
+                raise ValueError(
+                    f"The padding {pad!r} is {len(pad_ids)} tokens for {model.cfg.model_name}; "
+                    "give pad= a string that is one token."
+                )
+            minus_ids = encode(model, minus) if minus else encode(model, pad)
+            length = max(len(plus_ids), len(minus_ids))
+            plus_ids = plus_ids + pad_ids * (length - len(plus_ids))
+            minus_ids = minus_ids + pad_ids * (length - len(minus_ids))
+        wanted = check_layers(model, layer)
+        group = [plus_ids] if minus_ids is None else [plus_ids, minus_ids]
+        acts = _capture_groups(model, [group], wanted, range(len(plus_ids)), site)[0]
+        diff = acts[0] if minus_ids is None else acts[0] - acts[1]
+        if minus_ids is not None:
+            # Shared first tokens (BOS at least) have the same stream in both, attention being
+            # causal: exactly zero, where batched kernels may leave rounding noise.
+            diff[:, : _common_prefix([plus_ids, minus_ids])] = 0
+        meta = {
+            "name": repr(plus) if minus is None else f"{plus!r} - {minus!r}",
+            "model": model.cfg.model_name,
+            "method": "from_prompts",
+            "plus": plus,
+            "minus": minus,
+            "tokens": [model.tokenizer.convert_ids_to_tokens(g) for g in group],
+        }
+        return cls(dict(zip(wanted, diff, strict=True)), site, "front", meta)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        model: TransformerBridge,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        layers: int | Iterable[int] | None = None,
+        method: str = "mean",
+        component: int = 0,
+        position: int = -1,
+        site: str = "resid_post",
+    ) -> SteeringVector:
+        """A direction per layer from contrast pairs ``(positive, negative)``.
+
+        Args:
+            method: ``mean`` is the mean difference (CAA); ``pca`` principal component
+                ``component`` of the paired differences (RepE), unit length; ``probe`` the weight
+                of a logistic regression that tells positive from negative differences, unit
+                length. Differences enter ``pca`` and ``probe`` with both signs, hence uncentred:
+                centring would remove what all pairs have in common.
+            position: the token at which to read; negative counts from each prompt's end.
+
+        Returns:
+            A direction (``n_positions == 1``), acting at ``generated``. Its sign makes the
+            positive prompts project higher on average.
+
+        Raises:
+            ValueError: no pairs, not pairs, unknown method or component, unknown layer.
+        """
+        wanted = check_layers(model, layers)
+        if method not in METHODS:
+            raise ValueError(f"Method {method!r} is unknown: use one of {', '.join(METHODS)}.")
+        items = [tuple(pair) if not isinstance(pair, str) else (pair,) for pair in pairs]
+        odd = next((i for i, pair in enumerate(items) if len(pair) != 2), None)
+        if not items or odd is not None:
+            found = "no pair at all" if odd is None else f"{len(items[odd])} prompt(s) in pair {odd}"
+            raise ValueError(
+                f"Contrast pairs must be balanced, one positive and one negative each: {found}."
+            )
+        groups = [[encode(model, pos), encode(model, neg)] for pos, neg in items]
+        acts = _capture_groups(model, groups, wanted, position, site)[:, :, :, 0]
+        diffs = (acts[:, 0] - acts[:, 1]).double()  # means in float64, as refusal_direction does
+        meta = {
+            "name": f"{method}{f'[{component}]' if method == 'pca' else ''} of {len(items)} pairs",
+            "model": model.cfg.model_name,
+            "method": method,
+            "component": component,
+            "position": position,
+            "n_pairs": len(items),
+        }
+        vectors = {
+            layer: fit_direction(diffs[:, i], method, component)[None].float()
+            for i, layer in enumerate(wanted)
+        }
+        return cls(vectors, site, "generated", meta)
+
+    @classmethod
+    def random_like(cls, vector: SteeringVector, seed: int = 0) -> SteeringVector:
+        """Gaussian noise with the norm of ``vector`` at every layer and position.
+
+        Source: first document, "Adding a random vector doesn't change much".
+        """
+        generator = torch.Generator().manual_seed(seed)
+        noise = {}
+        for layer in sorted(vector.layers):
+            v = vector.layers[layer]
+            draw = torch.randn(v.shape, generator=generator)
+            noise[layer] = draw / draw.norm(dim=-1, keepdim=True) * v.norm(dim=-1, keepdim=True)
+        meta = {**vector.meta, "name": f"random like {vector.meta.get('name', '')}", "seed": seed}
+        return replace(vector, layers=noise, meta=meta)
+
+    # ---------------------------------------------------------------- arithmetic
+
+    def map(self, function: Any, **meta: Any) -> SteeringVector:
+        """The vector with ``function`` applied to each layer's tensor."""
+        layers = {layer: function(t) for layer, t in self.layers.items()}
+        return replace(self, layers=layers, meta={**self.meta, **meta})
+
+    def __mul__(self, coefficient: float) -> SteeringVector:
+        if not math.isfinite(coefficient):
+            raise ValueError(f"A coefficient must be a finite number, got {coefficient}.")
+        return self.map(
+            lambda t: t * coefficient,
+            coefficient=coefficient * self.meta.get("coefficient", 1.0),
+        )
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> SteeringVector:
+        return self * -1.0
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        return self + -other
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        if (self.site, self.at, self.d_model) != (other.site, other.at, other.d_model):
+            raise ValueError(
+                f"Cannot add {other!r} to {self!r}: site, place of action and d_model must agree."
+            )
+        n = max(self.n_positions, other.n_positions)
+        if self.n_positions != other.n_positions and self.at != "front":
+            raise ValueError(
+                f"Cannot add vectors of {self.n_positions} and {other.n_positions} positions "
+                f"that act at {self.at!r}."
+            )
+        zero = torch.zeros(n, self.d_model)
+        layers = {}
+        for layer in sorted({*self.layers, *other.layers}):
+            total = zero.clone()
+            for vector in (self, other):
+                if layer in vector.layers:
+                    total[: vector.n_positions] += vector.layers[layer]
+            layers[layer] = total
+        parts = [v.meta.get("parts", [dict(v.meta)]) for v in (self, other)]
+        name = " + ".join(p.get("name", "?") for part in parts for p in part)
+        model = self.meta.get("model") if self.meta.get("model") == other.meta.get("model") else None
+        meta = {"name": name, "model": model, "method": "sum", "parts": [*parts[0], *parts[1]]}
+        return SteeringVector(layers, self.site, self.at, meta)
+
+    def norm(self) -> dict[int, torch.Tensor]:
+        """L2 norm per position, ``[n_positions]``, for each layer."""
+        return {layer: t.norm(dim=-1) for layer, t in self.layers.items()}
+
+    def unit(self) -> SteeringVector:
+        """Every layer and position scaled to length 1 (zero stays zero)."""
+        return self.map(lambda t: torch.nn.functional.normalize(t, dim=-1), unit=True)
+
+    def truncate(self, fraction: float, which: str = "first", seed: int = 0) -> SteeringVector:
+        """Keep a fraction of the residual dimensions, zero the rest.
+
+        Args:
+            fraction: between 0 and 1; ``round(fraction * d_model)`` dimensions stay.
+            which: ``first`` (the document's choice), ``last``, or ``random`` (drawn with ``seed``).
+
+        Source: first document, "Only modifying certain residual stream dimensions".
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"The fraction must lie between 0 and 1, got {fraction}.")
+        d, k = self.d_model, round(fraction * self.d_model)
+        if which == "first":
+            keep = torch.arange(d) < k
+        elif which == "last":
+            keep = torch.arange(d) >= d - k
+        elif which == "random":
+            keep = torch.randperm(d, generator=torch.Generator().manual_seed(seed)) < k
+        else:
+            raise ValueError(f"which={which!r} is unknown: use first, last or random.")
+        return self.map(lambda t: t * keep, fraction=fraction, which=which)
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write safetensors with the metadata inside; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        tensors = {f"layer.{layer}": t.contiguous() for layer, t in self.layers.items()}
+        header = {"format": _FORMAT, "site": self.site, "at": self.at}
+        try:
+            save_file(tensors, temporary, {**header, "meta": json.dumps(dict(self.meta))})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
+        """Read a file written by `save`. Nothing is unpickled; shapes and metadata are checked.
+
+        Raises:
+            ValueError: the file is missing, damaged, or not a steering vector.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if header.get("format") != _FORMAT:
+                raise ValueError(f"its format is {header.get('format')!r}, not {_FORMAT!r}")
+            layers = {int(key.removeprefix("layer.")): t.float() for key, t in tensors.items()}
+            meta = json.loads(header["meta"])
+            if not isinstance(meta, dict) or min(layers) < 0:
+                raise ValueError("its metadata or layer numbers make no sense")
+            return cls(layers, header["site"], header["at"], meta)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a steering vector file: {error}.") from error
+
+    def to_gguf(self, path: str | os.PathLike[str], model_hint: str | None = None) -> None:
+        """Write a llama.cpp control vector (``--control-vector``); repeng reads it too.
+
+        llama.cpp adds ``direction.l`` to the stream that leaves block l, l >= 1; a ``resid_pre``
+        vector at layer l is therefore written as ``direction.(l-1)``.
+
+        Raises:
+            ValueError: the vector has several positions, or would act before block 1 ends.
+        """
+        from gguf import GGUFWriter
+
+        if self.n_positions != 1:
+            raise ValueError(
+                f"A control vector has one position, this vector has {self.n_positions}: "
+                "llama.cpp adds the same vector at every position."
+            )
+        shift = 1 if self.site == "resid_pre" else 0
+        if min(self.layers) - shift < 1:
+            raise ValueError(
+                "llama.cpp's control vectors begin after block 1: drop the layers "
+                f"{[layer for layer in sorted(self.layers) if layer - shift < 1]} of {self.site}."
+            )
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            writer = GGUFWriter(temporary, "controlvector")
+            writer.add_string(
+                "controlvector.model_hint", model_hint or str(self.meta.get("model", ""))
+            )
+            writer.add_uint32("controlvector.layer_count", len(self.layers))
+            for layer in sorted(self.layers):
+                writer.add_tensor(f"direction.{layer - shift}", self.layers[layer][0].numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def fit_direction(diffs: torch.Tensor, method: str = "mean", component: int = 0) -> torch.Tensor:
+    """One direction ``[d_model]`` from paired differences ``[pair, d_model]``.
+
+    See `SteeringVector.from_pairs` for the methods.
+
+    Raises:
+        ValueError: ``component`` is not below the number of pairs or dimensions.
+    """
+    mean = diffs.mean(0)
+    if method == "mean":
+        return mean
+    if method == "pca":
+        if not 0 <= component < min(diffs.shape):
+            raise ValueError(
+                f"Component {component} does not exist: {diffs.shape[0]} pairs in "
+                f"{diffs.shape[1]} dimensions have {min(diffs.shape)}."
+            )
+        # The second moment of the differences with both signs; their mean is zero by symmetry.
+        direction = torch.linalg.svd(diffs, full_matrices=False).Vh[component]
+    else:
+        from sklearn.linear_model import LogisticRegression
+
+        both = torch.cat([diffs, -diffs]).numpy()
+        label = [1] * len(diffs) + [0] * len(diffs)
+        scale = float(diffs.norm(dim=-1).mean()) or 1.0
+        probe = LogisticRegression(fit_intercept=False, max_iter=1000).fit(both / scale, label)
+        direction = torch.from_numpy(probe.coef_[0])
+        direction = direction / direction.norm()
+    return direction if direction @ mean >= 0 else -direction
