@@ -194,7 +194,9 @@ def first_position(acts: Sequence[Intervention], n_prompt: int) -> int:
         ValueError: an intervention does not fit a prompt of ``n_prompt`` tokens.
     """
     spans = [_span(_check_at(a.at), a.vector.n_positions, n_prompt) for a in acts]
-    return min((min(span) for span in spans if len(span)), default=_END)
+    # A range may be endless, so its start is asked for, not searched for.
+    starts = [s.start if isinstance(s, range) else min(s) for s in spans if len(s)]
+    return min(starts, default=_END)
 
 
 class Steering:

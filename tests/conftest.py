@@ -168,4 +168,5 @@ def adding(vector: torch.Tensor, positions: list[int]) -> Callable[[torch.Tensor
 
 def n_hooks(model: Any) -> int:
     """How many hooks hang on the model's hook points."""
-    return sum(len(h.fwd_hooks) + len(h.bwd_hooks) for h in model.hook_dict.values())
+    points = {id(h): h for h in model.hook_dict.values()}  # some go by several names
+    return sum(len(h.fwd_hooks) + len(h.bwd_hooks) for h in points.values())
