@@ -209,9 +209,7 @@ def _capture_groups(
                 for g in batch
             ]
             rows = [ids for g in batch for ids in groups[g]]
-            acts = _capture_batch(
-                model, rows, header, shared, len(groups[0]), wanted, where, site
-            )
+            acts = _capture_batch(model, rows, header, shared, len(groups[0]), wanted, where, site)
             out[batch] = acts.reshape(len(batch), len(groups[0]), *acts.shape[1:])
     return out
 

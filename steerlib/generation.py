@@ -121,9 +121,7 @@ def generate(
     if len(set(texts)) < len(texts):
         raise ValueError("A prompt occurs twice; use n_samples for more completions of a prompt.")
     rows = make_rows(model, texts, list(named.values()), n_samples, sampling, seed)
-    bar = tqdm(
-        total=len(rows) * max_new_tokens, unit="tok", disable=not progress, leave=False
-    )
+    bar = tqdm(total=len(rows) * max_new_tokens, unit="tok", disable=not progress, leave=False)
     with bar:
         run(model, rows, sampling, stop, batch_size, use_cache, bar.update)
     names = list(named)
@@ -239,7 +237,7 @@ def decode(
         history = torch.cat([history, tokens], 1)
         mask = seen = torch.cat([mask, torch.ones_like(tokens)], 1)
     for row in live:
-        row.text = _text(model, row)
+        row.text = text(model, row)
 
 
 def _forward(
@@ -349,12 +347,12 @@ def _advance(
         else:
             row.new.append(token)
             if stop is not None:
-                row.text = _text(model, row)
+                row.text = text(model, row)
                 row.stopped = _stops(row, stop)
         if not row.stopped:
             keep.append(i)
         elif stop is None or token in ends:
-            row.text = _text(model, row)
+            row.text = text(model, row)
     return keep
 
 
@@ -369,7 +367,7 @@ def _stops(row: Row, stop: Stop) -> bool:
     return bool(found)
 
 
-def _text(model: TransformerBridge, row: Row) -> str:
+def text(model: TransformerBridge, row: Row) -> str:
     """The new text. Decoded behind the last prompt token, since some tokenizers drop a leading
     space at the start of a text."""
     decode = model.tokenizer.decode

@@ -336,4 +336,3 @@ def align(
     width = max(map(len, rows))
     columns = ["layer", "coefficient", *map(str, range(width - 2))]
     return pd.DataFrame([r + [""] * (width - len(r)) for r in rows], columns=columns)
-

@@ -161,9 +161,7 @@ def alignment(table: pd.DataFrame) -> HTML:
 # ---------------------------------------------------------------- files
 
 
-def save_figure(
-    figure: Figure, name: str, data: pd.DataFrame | None = None, **origin: Any
-) -> Path:
+def save_figure(figure: Figure, name: str, data: pd.DataFrame | None = None, **origin: Any) -> Path:
     """Write ``<name>.png`` with its origin in the file's metadata, and its numbers as CSV beside.
 
     Args:

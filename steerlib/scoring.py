@@ -73,9 +73,7 @@ def proportion_interval(
     return successes / total, float(interval.low), float(interval.high)
 
 
-def summarise(
-    frame: pd.DataFrame, by: str | Sequence[str], value: str = "count"
-) -> pd.DataFrame:
+def summarise(frame: pd.DataFrame, by: str | Sequence[str], value: str = "count") -> pd.DataFrame:
     """Mean and 95 % bootstrap interval of ``value`` in each group: columns mean, low, high, n."""
     import pandas as pd
 
@@ -109,9 +107,7 @@ def _forward(
             yield r, (row if last_only else row[-len(i) :]).float()
 
 
-def next_token_shift(
-    model: TransformerBridge, prompt: str, condition: Condition
-) -> pd.DataFrame:
+def next_token_shift(model: TransformerBridge, prompt: str, condition: Condition) -> pd.DataFrame:
     """Next-token probabilities without and with a condition, and who makes up the divergence.
 
     Returns:

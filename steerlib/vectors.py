@@ -167,7 +167,9 @@ class SteeringVector:
         items = [tuple(pair) if not isinstance(pair, str) else (pair,) for pair in pairs]
         odd = next((i for i, pair in enumerate(items) if len(pair) != 2), None)
         if not items or odd is not None:
-            found = "no pair at all" if odd is None else f"{len(items[odd])} prompt(s) in pair {odd}"
+            found = (
+                "no pair at all" if odd is None else f"{len(items[odd])} prompt(s) in pair {odd}"
+            )
             raise ValueError(
                 f"Contrast pairs must be balanced, one positive and one negative each: {found}."
             )
@@ -252,7 +254,9 @@ class SteeringVector:
             layers[layer] = total
         parts = [v.meta.get("parts", [dict(v.meta)]) for v in (self, other)]
         name = " + ".join(p.get("name", "?") for part in parts for p in part)
-        model = self.meta.get("model") if self.meta.get("model") == other.meta.get("model") else None
+        model = (
+            self.meta.get("model") if self.meta.get("model") == other.meta.get("model") else None
+        )
         meta = {"name": name, "model": model, "method": "sum", "parts": [*parts[0], *parts[1]]}
         return SteeringVector(layers, self.site, self.at, meta)
 

@@ -95,24 +95,22 @@ def test_ablate_leaves_no_projection_and_equals_plain_hook(tiny: Any) -> None:
 
 def test_interventions_at_one_site_act_in_the_order_given(tiny: Any) -> None:
     model, plain = tiny("llama")
-    a, d = vector(model, 2, 1, seed=1), vector(model, 2, 1, seed=2)
+    a = vector(model, 2, 1, seed=1)
+    d = a + vector(model, 2, 1, seed=2)
     unit = d.layers[2][0] / d.layers[2][0].norm()
 
     def zero_out(stream: torch.Tensor) -> torch.Tensor:
         return stream - (stream @ unit)[:, None] * unit
 
     ids = sl.encode(model, PROMPTS[0])
-    everywhere = adding(a.layers[2], list(range(len(ids))))
-    everywhere_row = lambda s: s + a.layers[2]  # noqa: E731
-    del everywhere
     add_then_zero = [sl.Add(a, at="all"), sl.Ablate(d)]
     zero_then_add = [sl.Ablate(d), sl.Add(a, at="all")]
     twice = [sl.Add(a, at="all"), sl.Add(a, at="all", coefficient=2)]
     rows = [(ids, interventions(c, model)) for c in (add_then_zero, zero_then_add, twice)]
     got = dict(_forward(model, rows))
     sites = [
-        lambda s: zero_out(everywhere_row(s)),
-        lambda s: everywhere_row(zero_out(s)),
+        lambda s: zero_out(s + a.layers[2]),
+        lambda s: zero_out(s) + a.layers[2],
         lambda s: s + 3 * a.layers[2],
     ]
     for r, edit in enumerate(sites):

@@ -1,0 +1,175 @@
+# The only entry point: `make` alone says what there is to do. Whatever a target needs it makes
+# first, the virtual environment included, and what is up to date is not made again.
+# Plain GNU make, 3.81 or newer.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PRESET ?= quick
+MODEL  ?=
+EXTRAS ?=
+ARGS   ?=
+
+# Only what a recipe hands on reaches a notebook or a test.
+unexport PRESET MODEL
+
+comma      := ,
+PYTHON_MIN := 3.11
+PRESETS    := smoke quick paper
+ifeq ($(filter $(PRESETS),$(PRESET)),)
+$(error PRESET=$(PRESET) is none of the presets: choose one of $(PRESETS))
+endif
+
+# A smoke run keeps its figures, and its memory of what it has done, to itself.
+FIGS  ?= $(if $(filter smoke,$(PRESET)),build/smoke-figs,figs)
+STATE := $(if $(filter smoke,$(PRESET)),build/smoke,build)
+
+.PHONY: help setup figs notebooks lab test lint bench clean FORCE
+
+help:
+	@awk -F ':.*## |: ' \
+	  '/^[a-z]+:.*## / || /^## [a-z].*: / { sub(/^## /, ""); printf "make %-16s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo 'Settings, with what they are now:'
+	@printf '  %-15s %s\n' \
+	  'PRESET=$(PRESET)' 'how much to compute: $(PRESETS)' \
+	  'MODEL=$(MODEL)' 'a model for every notebook, instead of its own choice' \
+	  'PYTHON=$(PYTHON)' 'makes $(VENV), has to be $(PYTHON_MIN) or newer' \
+	  'EXTRAS=$(EXTRAS)' 'for setup: optional parts, as in EXTRAS=judges,honesty' \
+	  'ARGS=$(ARGS)' 'for test, bench and lab: handed on, as in ARGS="-k positions"'
+
+
+# --- the virtual environment ---------------------------------------------------------------
+
+PY   := $(VENV)/bin/python
+PIP  := "$(PY)" -m pip --disable-pip-version-check install -qq -c constraints.txt
+BASE := $(VENV)/.steerlib-base
+DEV  := $(VENV)/.steerlib-dev
+
+# What tests and benchmarks compare with. Both declare older versions of transformers and numpy
+# than they can live with, so they go in without dependencies: they import nothing that the base
+# install does not have.
+PEERS := steering-vectors repeng
+
+setup: $(DEV) ## install everything into a virtual environment of its own
+ifneq ($(EXTRAS),)
+	@$(PIP) -e '.[$(EXTRAS)]'
+endif
+	@echo 'ready: $(PY)'
+
+$(BASE): pyproject.toml constraints.txt
+	@if ! "$(PY)" -m pip --version > /dev/null 2>&1; then \
+	  if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < ($(subst .,$(comma) ,$(PYTHON_MIN))))' 2> /dev/null; then \
+	    found=$$(command -v "$(PYTHON)" > /dev/null && "$(PYTHON)" --version 2>&1 || echo 'no program here'); \
+	    echo "This needs Python $(PYTHON_MIN) or newer, and '$(PYTHON)' is $$found: name another, as in 'make PYTHON=python$(PYTHON_MIN)'." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo 'making the virtual environment $(VENV)'; \
+	  rm -f "$(VENV)"/bin/python*; \
+	  "$(PYTHON)" -m venv "$(VENV)" || exit 1; \
+	fi
+	@echo 'installing what steerlib needs into $(VENV) (minutes, the first time)'
+	@$(PIP) -e .
+	@touch $@
+
+$(DEV): $(BASE)
+	@echo 'installing what its tests and benchmarks need'
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+# The interpreter went away under the environment: make it again.
+ifneq ($(shell test -x "$(PY)" || echo gone),)
+$(BASE): FORCE
+endif
+
+
+# --- notebooks and figures -----------------------------------------------------------------
+#
+# notebooks/01_love_hate.ipynb draws every figs/01_*. It does not change when it runs: the executed
+# copy lands in build/notebooks/, and build/01_love_hate.done says with which settings it ran (first
+# line) and which figures came of it. That list is as old as the start of the run, so an edit made
+# meanwhile counts as new.
+
+NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)))
+NUMBERS   := $(sort $(foreach n,$(NOTEBOOKS),$(firstword $(subst _, ,$(n)))))
+DONE      := $(NOTEBOOKS:%=$(STATE)/%.done)
+SOURCES   := $(wildcard steerlib/*.py) \
+  $(shell test ! -d data || find data -type f ! -name '*.md' ! -name '*.py' ! -name '*.pyc' ! -path '*/.*')
+
+# A run with other settings, or one of which a figure is gone, does not count.
+SETTINGS := PRESET=$(PRESET) MODEL=$(MODEL) FIGS=$(FIGS)
+STALE := $(shell for list in $(STATE)/*.done; do test ! -f "$$list" || { \
+  IFS= read -r settings; test "$$settings" = '$(SETTINGS)' || echo "$$list"; \
+  while IFS= read -r figure; do test -e "$$figure" || echo "$$list"; done; } < "$$list"; done)
+ifneq ($(STALE),)
+$(sort $(STALE)): FORCE
+endif
+
+# Notebooks run in notebooks/, so folders are handed over as absolute paths.
+full = $(if $(filter /%,$(1)),$(1),$(CURDIR)/$(1))
+NOTEBOOK_ENV = JUPYTER_PREFER_ENV_PATH=1 PRESET=$(PRESET) STEERLIB_FIGS='$(call full,$(FIGS))' \
+  $(if $(MODEL),MODEL='$(if $(wildcard $(MODEL)/config.json),$(call full,$(MODEL)),$(MODEL))')
+
+figs: $(DONE) ## run the notebooks that are out of date, draw every figure
+	@echo 'the figures are in $(FIGS)/'
+
+## figs/<name>.png: draw one figure, by running the notebook of its number
+
+$(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
+	@mkdir -p $(STATE)/notebooks "$(FIGS)"
+	@echo '$*: running (PRESET=$(PRESET)$(if $(MODEL), MODEL=$(MODEL)))'
+	@rm -f $@; echo '$(SETTINGS)' > $@.part; begin=$$(date +%s); \
+	$(NOTEBOOK_ENV) "$(PY)" -m nbconvert --log-level=WARN --to notebook --execute \
+	  --KernelManager.transport_encryption=auto --ExecutePreprocessor.kernel_name=python3 \
+	  --ExecutePreprocessor.startup_timeout=300 --ExecutePreprocessor.timeout=-1 \
+	  --ExecutePreprocessor.store_widget_state=True --ExecutePreprocessor.record_timing=False \
+	  --output-dir $(STATE)/notebooks --output $*.part.ipynb $< \
+	|| { echo "$*: failed after $$(($$(date +%s) - begin)) s, with the error above" >&2; exit 1; }; \
+	mv $(STATE)/notebooks/$*.part.ipynb $(STATE)/notebooks/$*.ipynb && \
+	find "$(FIGS)" -type f -name '$(firstword $(subst _, ,$*))_*' -newer $@.part | sort > $@.figures && \
+	echo "$*: done in $$(($$(date +%s) - begin)) s, files in $(FIGS)/: $$(wc -l < $@.figures | tr -d ' ')" && \
+	touch -r $@.part $@.figures && cat $@.figures >> $@.part && \
+	touch -r $@.figures $@.part && rm $@.figures && mv $@.part $@
+
+define figures_of_number
+$(FIGS)/$(1)_%: $(filter $(STATE)/$(1)_%,$(DONE))
+	@grep -qxF '$$@' $$^ || { echo "$(filter $(1)_%,$(NOTEBOOKS)) makes no $$@; it makes:" $$$$(grep -hv '^PRESET=' $$^) >&2; exit 1; }
+endef
+$(foreach number,$(NUMBERS),$(eval $(call figures_of_number,$(number))))
+
+figs/%:
+	@echo 'No notebook makes $@$(if $(filter-out figs,$(FIGS)), here: with PRESET=$(PRESET) figures go to $(FIGS)/): its name has to begin with the number of one ($(NUMBERS)).' >&2; exit 1
+
+ifneq ($(filter notebooks,$(MAKECMDGOALS)),)
+ifneq ($(PRESET)$(MODEL),quick)
+$(error notebooks/ shows the quick run on the default models: leave PRESET and MODEL away)
+endif
+endif
+
+notebooks: $(DONE) ## put the outputs of the last quick run into notebooks/
+	@for name in $(NOTEBOOKS); do \
+	  cmp -s $(STATE)/notebooks/$$name.ipynb notebooks/$$name.ipynb || { \
+	    cp $(STATE)/notebooks/$$name.ipynb notebooks/.$$name.part && \
+	    mv notebooks/.$$name.part notebooks/$$name.ipynb && touch $(STATE)/$$name.done && \
+	    echo "notebooks/$$name.ipynb: new outputs"; } || exit 1; \
+	done
+
+lab: $(BASE) ## open JupyterLab on the notebooks, for this machine only
+	@$(NOTEBOOK_ENV) "$(PY)" -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks $(ARGS)
+
+
+# --- work on the code ----------------------------------------------------------------------
+
+test: $(DEV) ## run the tests
+	@"$(PY)" -m pytest $(ARGS)
+
+lint: $(DEV) ## check style and types
+	@"$(PY)" -m ruff check .
+	@"$(PY)" -m ruff format --check . || { echo 'to mend this: $(PY) -m ruff format .' >&2; exit 1; }
+	@"$(PY)" -m mypy steerlib
+
+bench: $(DEV) ## measure speed, beside steering-vectors and repeng
+	@"$(PY)" -m benchmarks $(ARGS)
+
+clean: ## remove build/ and .venv, never figs/ or the downloaded models
+	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
