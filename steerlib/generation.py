@@ -1,4 +1,4 @@
-"""The decode loop: prompts x conditions x samples as rows of as few batches as memory allows.
+"""The decode loop: rows in, completions out, as many rows at once as memory allows.
 
 Every row has its own interventions and its own random numbers. Work that rows have in common is
 done once: all but the last token of a prompt run once for every condition that leaves them alone,
@@ -9,8 +9,9 @@ that. Rows that finish leave the batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from .activations import encode, input_device, new_cache, pad_id, pad_left
 from .interventions import Condition, Intervention, Steering, first_position, interventions
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
 Stop = str | Sequence[str] | Callable[[str], bool] | None
+Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. See `generate`."""
+    """How the next token is chosen. See `sweeps.generate`."""
 
     max_new_tokens: int = 40
     temperature: float = 1.0
@@ -59,79 +60,6 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
         if not self.frequency_penalty >= 0:
             raise ValueError(f"frequency_penalty must be 0 or more, got {self.frequency_penalty}.")
-
-
-def generate(
-    model: TransformerBridge,
-    prompts: str | Sequence[str],
-    conditions: Mapping[str, Condition] | None = None,
-    n_samples: int = 8,
-    max_new_tokens: int = 40,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 0.3,
-    frequency_penalty: float = 1.0,
-    *,
-    stop: Stop = None,
-    batch_size: int | None = None,
-    use_cache: bool = True,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Sample completions of every prompt under every condition.
-
-    The defaults are the first document's sampling (its "Demonstrations": seed 0, temperature 1.0,
-    top-p 0.3, frequency penalty 1.0). As in the library it used, the penalty counts a token's
-    occurrences in prompt and completion, is subtracted after the temperature, before top-p, and
-    does not apply to greedy decoding.
-
-    Args:
-        prompts: one text or several different ones.
-        conditions: name -> condition (`interventions.Add`, `Ablate`, a `SteeringVector`, a list
-            of these, or None for the unsteered control). Default: the control alone.
-        n_samples: completions per prompt and condition.
-        max_new_tokens: length limit in tokens.
-        seed: sample i of a prompt draws the same random numbers under every condition, so that
-            conditions are compared like with like.
-        temperature: 0 means greedy (one sample is enough then).
-        stop: a string or several (the text ends before it), or a function of the text so far that
-            says whether to stop (the text is kept).
-        batch_size: rows per batch; by default what fits into memory.
-        use_cache: False recomputes everything at every step; slow, for checking.
-
-    Returns:
-        One row per completion, prompts x conditions x samples in order: prompt, condition,
-        sample, completion (new text only, special tokens dropped), n_tokens (of the completion),
-        stopped (True: it ended by itself; False: cut at max_new_tokens).
-
-    Raises:
-        ValueError: empty or repeated prompts, no condition, a condition that does not fit the
-            model or a prompt, or senseless sampling parameters.
-    """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    named = {"unsteered": None} if conditions is None else dict(conditions)
-    sampling = Sampling(max_new_tokens, temperature, top_p, frequency_penalty)
-    if not texts or not named or n_samples < 1:
-        raise ValueError(
-            f"Nothing to generate: {len(texts)} prompts, {len(named)} conditions, "
-            f"{n_samples} samples."
-        )
-    if len(set(texts)) < len(texts):
-        raise ValueError("A prompt occurs twice; use n_samples for more completions of a prompt.")
-    rows = make_rows(model, texts, list(named.values()), n_samples, sampling, seed)
-    bar = tqdm(total=len(rows) * max_new_tokens, unit="tok", disable=not progress, leave=False)
-    with bar:
-        run(model, rows, sampling, stop, batch_size, use_cache, bar.update)
-    names = list(named)
-    return pd.DataFrame(
-        [
-            (texts[r.prompt], names[r.condition], r.sample, r.text, len(r.new), r.stopped)
-            for r in rows
-        ],
-        columns=["prompt", "condition", "sample", "completion", "n_tokens", "stopped"],
-    )
 
 
 def make_rows(
@@ -192,20 +120,37 @@ def run(
         begin += len(batch)
 
 
+def first_logits(
+    model: TransformerBridge, rows: Sequence[Row], batch_size: int | None = None
+) -> Iterator[tuple[Sequence[Row], torch.Tensor]]:
+    """Batches of rows, as they come, with their first next-token logits ``[row, vocabulary]``."""
+    size = batch_size or rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    for begin in range(0, len(rows), size):
+        batch = rows[begin : begin + size]
+        with torch.no_grad():
+            yield batch, prefill(model, batch)[0]
+
+
 def decode(
     model: TransformerBridge,
     rows: Sequence[Row],
     sampling: Sampling,
     stop: Stop = None,
     use_cache: bool = True,
+    watch: Watch | None = None,
 ) -> Iterator[int]:
     """One batch, token by token, completing ``rows`` in place.
+
+    Args:
+        watch: called before every pass with (index of each row, its first position, width of the
+            pass); returns TransformerLens hooks that read what they like. Only for rows that
+            share no prompt.
 
     Yields after every step how many tokens are settled; between steps the model has no hooks, so
     whoever iterates may do something else with it, or stop.
     """
     device, ends = input_device(model), end_tokens(model)
-    live = list(rows)
+    live, numbers = list(rows), list(range(len(rows)))
     tokens, mask = pad_left([r.prompt_ids for r in live], pad_id(model), device)
     history, seen = tokens, mask  # what the frequency penalty counts
     steering = Steering(model, [r.acts for r in live], [len(r.prompt_ids) for r in live])
@@ -216,9 +161,10 @@ def decode(
             if not use_cache:
                 logits = _forward(model, steering, lengths, history, mask, None)
             elif cache is None:
-                logits, cache = _prefill(model, live)
+                logits, cache = prefill(model, live, watch)
             else:
-                logits = _forward(model, steering, lengths, tokens, mask, cache)
+                seen_by = watch and partial(watch, numbers)
+                logits = _forward(model, steering, lengths, tokens, mask, cache, seen_by)
             draws = torch.tensor([r.draws[step] for r in live], device=device)
             chosen = sample(logits, draws, sampling, history, seen)
         keep = _advance(model, live, chosen.tolist(), ends, stop)
@@ -228,7 +174,7 @@ def decode(
             return
         if finished:
             index = torch.tensor(keep, device=device)
-            live = [live[i] for i in keep]
+            live, numbers = [live[i] for i in keep], [numbers[i] for i in keep]
             steering.select(keep)
             chosen, history, mask = chosen[index], history[index], mask[index]
             if cache is not None:
@@ -247,18 +193,22 @@ def _forward(
     tokens: torch.Tensor,
     mask: torch.Tensor,
     cache: Any,
+    watch: Callable[[list[int], int], list[tuple[str, Any]]] | None = None,
 ) -> torch.Tensor:
     """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
 
     ``tokens`` are their last columns, the ones that the cache does not hold yet.
     """
-    steering.window([n - tokens.shape[1] for n in lengths], tokens.shape[1])
+    start = [n - tokens.shape[1] for n in lengths]
+    steering.window(start, tokens.shape[1])
     past = {} if cache is None else {"past_key_values": cache}
-    with steering.hooks():
+    with steering.hooks(watch(start, tokens.shape[1]) if watch else []):
         return model.forward(tokens, attention_mask=mask, logits_to_keep=1, **past)[:, -1]
 
 
-def _prefill(model: TransformerBridge, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
+def prefill(
+    model: TransformerBridge, rows: Sequence[Row], watch: Watch | None = None
+) -> tuple[torch.Tensor, Any]:
     """Run the prompts, doing once what rows have in common.
 
     Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
@@ -276,13 +226,17 @@ def _prefill(model: TransformerBridge, rows: Sequence[Row]) -> tuple[torch.Tenso
         lengths = [len(rows[i].prompt_ids) for i in heads]
         steering = Steering(model, [[] if untouched[i] else rows[i].acts for i in heads], lengths)
         ahead = [n - 1 for n in lengths]
-        _forward(model, steering, ahead, tokens[:, :-1], mask[:, :-1], cache)
+        _forward(
+            model, steering, ahead, tokens[:, :-1], mask[:, :-1], cache,
+            watch and partial(watch, heads),
+        )  # fmt: skip
         index = torch.tensor([last_to_head[i] for i in lasts], device=device)
         cache.batch_select_indices(index)
     tokens, mask = pad_left([rows[i].prompt_ids for i in lasts], pad_id(model), device)
     lengths = [len(rows[i].prompt_ids) for i in lasts]
     steering = Steering(model, [rows[i].acts for i in lasts], lengths)
-    logits = _forward(model, steering, lengths, tokens[:, -1:], mask, cache)
+    seen_by = watch and partial(watch, lasts)
+    logits = _forward(model, steering, lengths, tokens[:, -1:], mask, cache, seen_by)
     index = torch.tensor(row_to_last, device=device)
     cache.batch_select_indices(index)
     return logits[index], cache

@@ -270,9 +270,13 @@ class Steering:
         }
 
     @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """The hooks are in place inside the ``with`` block and gone after it, whatever happens."""
-        with self.model.hooks(fwd_hooks=[(name, self._hook(name)) for name in self._ops]):
+    def hooks(self, more: Sequence[tuple[str, Any]] = ()) -> Iterator[None]:
+        """The hooks are in place inside the ``with`` block and gone after it, whatever happens.
+
+        ``more`` are further TransformerLens hooks; they see the stream after the interventions.
+        """
+        own = [(name, self._hook(name)) for name in self._ops]
+        with self.model.hooks(fwd_hooks=[*own, *more]):
             yield
 
     def _hook(self, name: str) -> Any:

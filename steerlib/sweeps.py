@@ -1,0 +1,442 @@
+"""Whole experiments: prompts x conditions x samples in, tables out.
+
+`generate` turns every combination into a row of the decode loop, keeps finished rows on disk if
+asked to, and hands shards to other processes or machines through joblib. `choice_probabilities`
+and `capture_generation` use the same loop for one token and for reading along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import generation
+from .activations import encode
+from .generation import Row, Sampling, Stop, make_rows
+from .interventions import Add, Condition
+from .vectors import SteeringVector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+_KEY_FORMAT = "steerlib.row.1"
+_SHARD = 256  # rows that are kept on disk, or travel, together
+_one_at_a_time = threading.Lock()  # a cluster may run several threads in one process
+
+
+def generate(
+    model: TransformerBridge,
+    prompts: str | Sequence[str],
+    conditions: Mapping[str, Condition] | None = None,
+    n_samples: int = 8,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 0.3,
+    frequency_penalty: float = 1.0,
+    *,
+    stop: Stop = None,
+    batch_size: int | None = None,
+    use_cache: bool = True,
+    progress: bool = True,
+    backend: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """Sample completions of every prompt under every condition.
+
+    The defaults are the first document's sampling (its "Demonstrations": seed 0, temperature 1.0,
+    top-p 0.3, frequency penalty 1.0). As in the library it used, the penalty counts a token's
+    occurrences in prompt and completion, is subtracted after the temperature, before top-p, and
+    does not apply to greedy decoding.
+
+    Args:
+        prompts: one text or several different ones.
+        conditions: name -> condition (`interventions.Add`, `Ablate`, a `SteeringVector`, a list
+            of these, or None for the unsteered control). Default: the control alone.
+        n_samples: completions per prompt and condition.
+        max_new_tokens: length limit in tokens.
+        seed: sample i of a prompt draws the same random numbers under every condition, so that
+            conditions are compared like with like.
+        temperature: 0 means greedy (one sample is enough then).
+        stop: a string or several (the text ends before it), or a function of the text so far that
+            says whether to stop (the text is kept).
+        batch_size: rows per batch; by default what fits into memory.
+        use_cache: False recomputes everything at every step; slow, for checking.
+        backend: a joblib backend ("loky" for processes of this machine, "dask", "ray") that runs
+            shards of the rows. By default the one that ``joblib.parallel_config`` has set, or
+            this process. Every worker loads the model once, by name.
+        cache: a folder that keeps finished rows; a second call with the same model, condition,
+            prompt, sampling and seed takes them from there, whatever else it asks for.
+
+    Returns:
+        One row per completion, prompts x conditions x samples in order: prompt, condition,
+        sample, completion (new text only, special tokens dropped), n_tokens (of the completion),
+        stopped (True: it ended by itself; False: cut at max_new_tokens).
+
+    Raises:
+        ValueError: empty or repeated prompts, no condition, a condition that does not fit the
+            model or a prompt, or senseless sampling parameters.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    named = {"unsteered": None} if conditions is None else dict(conditions)
+    sampling = Sampling(max_new_tokens, temperature, top_p, frequency_penalty)
+    if not texts or not named or n_samples < 1:
+        raise ValueError(
+            f"Nothing to generate: {len(texts)} prompts, {len(named)} conditions, "
+            f"{n_samples} samples."
+        )
+    if len(set(texts)) < len(texts):
+        raise ValueError("A prompt occurs twice; use n_samples for more completions of a prompt.")
+    rows = make_rows(model, texts, list(named.values()), n_samples, sampling, seed)
+    store = None if cache is None else Store(Path(cache), model, sampling, seed, stop)
+    todo = rows if store is None else store.fill(rows, texts)
+    with tqdm(
+        total=len(todo) * max_new_tokens, unit="tok", disable=not progress, leave=False
+    ) as bar:
+        if parallel := _parallel(backend):
+            finished = _elsewhere(parallel, model, todo, sampling, stop, batch_size, bar)
+        else:
+            finished = _here(model, todo, sampling, stop, batch_size, use_cache, bar, store)
+        for shard in finished:
+            if store is not None:
+                store.keep(shard, texts)
+    names = list(named)
+    return pd.DataFrame(
+        [
+            (texts[r.prompt], names[r.condition], r.sample, r.text, len(r.new), r.stopped)
+            for r in rows
+        ],
+        columns=["prompt", "condition", "sample", "completion", "n_tokens", "stopped"],
+    )
+
+
+def _shards(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of similar length and the same prompt stay together: they share work."""
+    order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition, r.sample))
+    return [order[i : i + _SHARD] for i in range(0, len(order), _SHARD)]
+
+
+def _here(
+    model: TransformerBridge,
+    rows: list[Row],
+    sampling: Sampling,
+    stop: Stop,
+    batch_size: int | None,
+    use_cache: bool,
+    bar: Any,
+    store: Store | None,
+) -> Iterator[list[Row]]:
+    """Complete the rows in this process: at once, or shard by shard if they are to be kept."""
+    for shard in _shards(rows) if store is not None else [rows] if rows else []:
+        generation.run(model, shard, sampling, stop, batch_size, use_cache, bar.update)
+        yield shard
+
+
+# ---------------------------------------------------------------- other processes
+
+
+def _parallel(backend: str | None) -> Any:
+    """A joblib.Parallel for ``backend`` or the configured one; None means this process."""
+    import joblib
+
+    active, n_jobs = joblib.parallel.get_active_backend()
+    if backend is None and (n_jobs is None or n_jobs == 1):
+        return None
+    config = {} if backend is None else {"backend": backend}
+    if backend is not None and n_jobs in (None, 1):
+        config["n_jobs"] = -1  # type: ignore[assignment]
+    if backend == "threading" or (backend is None and active.uses_threads):
+        raise ValueError(
+            "Threads cannot share a model's hooks: use a backend of processes (loky, dask)."
+        )
+    return joblib.Parallel(return_as="generator_unordered", **config)
+
+
+def _elsewhere(
+    parallel: Any,
+    model: TransformerBridge,
+    rows: list[Row],
+    sampling: Sampling,
+    stop: Stop,
+    batch_size: int | None,
+    bar: Any,
+) -> Iterator[list[Row]]:
+    """Complete the rows in joblib's workers, shard by shard as they come back."""
+    import joblib
+
+    name = model.cfg.model_name
+    if getattr(model.cfg, "steerlib_id", None) is None:
+        raise ValueError(
+            f"Workers load the model by name, but {name!r} was not loaded with steerlib.load_model."
+        )
+    dtype, device = str(model.cfg.dtype).removeprefix("torch."), str(model.cfg.device)
+    shards = _shards(rows)
+    jobs = (
+        joblib.delayed(_work)(i, name, dtype, device, shard, sampling, stop, batch_size)
+        for i, shard in enumerate(shards)
+    )
+    for i, results in parallel(jobs):
+        for row, result in zip(shards[i], results, strict=True):
+            row.new, row.text, row.stopped = result
+        bar.update(len(shards[i]) * sampling.max_new_tokens)
+        yield shards[i]
+
+
+@lru_cache(maxsize=1)
+def _worker_model(name: str, dtype: str, device: str) -> TransformerBridge:
+    """The model of this worker process, kept between shards."""
+    from .models import load_model
+
+    return load_model(name, dtype=dtype, device=device)
+
+
+def _work(
+    number: int,
+    name: str,
+    dtype: str,
+    device: str,
+    rows: list[Row],
+    sampling: Sampling,
+    stop: Stop,
+    batch_size: int | None,
+) -> tuple[int, list[tuple[list[int], str, bool]]]:
+    """One shard in a worker process; the rows arrive and go back pickled."""
+    with _one_at_a_time:
+        model = _worker_model(name, dtype, device)
+        generation.run(model, rows, sampling, stop, batch_size)
+    return number, [(row.new, row.text, row.stopped) for row in rows]
+
+
+# ---------------------------------------------------------------- finished rows on disk
+
+
+class Store:
+    """Finished rows in a folder, addressed by everything that a completion depends on.
+
+    One JSON file per shard, written beside and renamed: an interrupted run leaves whole files.
+    """
+
+    def __init__(
+        self, folder: Path, model: TransformerBridge, sampling: Sampling, seed: int, stop: Stop
+    ):
+        if callable(stop):
+            raise ValueError("cache= needs stop to be text: a function has no lasting identity.")
+        identity = getattr(model.cfg, "steerlib_id", None)
+        if identity is None:
+            raise ValueError(
+                f"cache= needs to know the weights of {model.cfg.model_name!r}: load the model "
+                "with steerlib.load_model."
+            )
+        self.folder = folder
+        facts = [_KEY_FORMAT, identity, str(model.cfg.dtype), asdict(sampling), seed, stop]
+        self._common = json.dumps(facts, sort_keys=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _key(self, row: Row, prompt: str) -> str:
+        # by identity, so that one condition is digested once for all its rows
+        digest = _digests(tuple(map(_Same, row.acts)))
+        return _sha(f"{self._common}\0{prompt}\0{row.sample}\0{digest}".encode())
+
+    def fill(self, rows: Sequence[Row], prompts: Sequence[str]) -> list[Row]:
+        """Complete the rows that are known; return the others."""
+        known: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                known |= json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}): delete it and run again."
+                ) from error
+        todo = []
+        for row in rows:
+            found = known.get(self._key(row, prompts[row.prompt]))
+            if found is None:
+                todo.append(row)
+            else:
+                row.new, row.text, row.stopped = found
+        return todo
+
+    def keep(self, rows: Sequence[Row], prompts: Sequence[str]) -> None:
+        """Write finished rows."""
+        done = {self._key(r, prompts[r.prompt]): (r.new, r.text, r.stopped) for r in rows}
+        path = self.folder / f"{_sha(''.join(sorted(done)).encode())[:16]}.json"
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            temporary.write_text(json.dumps(done), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class _Same:
+    """An intervention, equal to itself only: dataclasses with tensors do not hash."""
+
+    def __init__(self, act: Any):
+        self.act = act
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.act is other.act
+
+    def __hash__(self) -> int:
+        return id(self.act)
+
+
+@lru_cache(maxsize=4096)
+def _digests(acts: tuple[_Same, ...]) -> str:
+    """What these interventions do, as a hash: kind, place, strength and every number added."""
+    digest = hashlib.sha256()
+    for same in acts:
+        act, vector = same.act, same.act.vector
+        scale = act.coefficient if isinstance(act, Add) else None
+        digest.update(repr((type(act).__name__, act.at, scale, vector.site)).encode())
+        for layer in sorted(vector.layers):
+            digest.update(f"{layer} {tuple(vector.layers[layer].shape)}".encode())
+            digest.update(vector.layers[layer].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---------------------------------------------------------------- one token, and reading along
+
+
+def choice_probabilities(
+    model: TransformerBridge,
+    prompts: str | Sequence[str],
+    options: Sequence[str],
+    conditions: Mapping[str, Condition] | None = None,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """Probability of each answer as the next token, for every prompt under every condition.
+
+    Where conditions act at the current token only (``at="generated"``), a prompt runs once for
+    all of them, and each costs one token more.
+
+    Args:
+        options: the answers, such as ``["A", "B"]``; each must be one token and not the same.
+
+    Returns:
+        One row per prompt x condition, in order: prompt, condition, one column per option, and
+        ``mass``, the total probability of the options (low mass: the model says something else).
+
+    Raises:
+        ValueError: an option that is not one token; otherwise as `generate`.
+    """
+    import pandas as pd
+
+    tokens = []
+    for option in options:
+        ids = model.tokenizer(option, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            pieces = [model.tokenizer.decode([i]) for i in ids]
+            raise ValueError(
+                f"The option {option!r} is {len(ids)} tokens for {model.cfg.model_name} "
+                f"({pieces}): give the one that tells the options apart."
+            )
+        tokens.append(ids[0])
+    if len(set(tokens)) != len(options) or not tokens:
+        raise ValueError(f"The options {list(options)} must be different tokens, at least one.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    named = {"unsteered": None} if conditions is None else dict(conditions)
+    rows = make_rows(model, texts, list(named.values()), 1, Sampling(1), 0)
+    chosen = torch.empty(len(rows), len(tokens))
+    place = {id(row): i for i, row in enumerate(rows)}
+    order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition))
+    for batch, logits in generation.first_logits(model, order, batch_size):
+        p = logits.float().softmax(-1)[:, tokens].cpu()
+        chosen[[place[id(row)] for row in batch]] = p
+    frame = pd.DataFrame(chosen.double().numpy(), columns=list(options))
+    frame.insert(0, "prompt", [texts[r.prompt] for r in rows])
+    frame.insert(1, "condition", [list(named)[r.condition] for r in rows])
+    frame["mass"] = chosen.double().sum(-1).numpy()
+    return frame
+
+
+def capture_generation(
+    model: TransformerBridge,
+    prompts: str | Sequence[str],
+    directions: SteeringVector,
+    max_new_tokens: int = 20,
+    prompt_positions: int = 3,
+    condition: Condition = None,
+) -> torch.Tensor:
+    """Projections of the stream on a direction while the model generates (greedily).
+
+    Args:
+        directions: one position per layer; projections are on its unit vector, at its site.
+        prompt_positions: how many of the last prompt positions are read too.
+        condition: an intervention under which to generate; the stream is read after it.
+
+    Returns:
+        float32 tensor ``[prompt, layer, position]``, layers in ascending order; the positions are
+        -prompt_positions ... -1, then 0 ... max_new_tokens - 1 for the generated tokens. NaN
+        where the prompt is too short or the text had ended.
+
+    Source: second document, generation heatmaps.
+    """
+    if directions.n_positions != 1:
+        raise ValueError(f"Projections need a direction (one position), got {directions!r}.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    layers = sorted(directions.layers)
+    unit = {layer: directions.unit().layers[layer][0] for layer in layers}
+    width = prompt_positions + max_new_tokens
+    out = torch.full((len(texts), len(layers), width), float("nan"))
+    # One token more is sampled than is read: the last one never enters the stream.
+    sampling = Sampling(max_new_tokens + 1, temperature=0)
+    rows = make_rows(model, texts, [condition], 1, sampling, 0)
+    lengths = [len(encode(model, text)) for text in texts]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    size = generation.rows_that_fit(model, max(lengths) + sampling.max_new_tokens)
+    for begin in range(0, len(order), size):
+        numbers = order[begin : begin + size]
+        watch = partial(_read_along, out, numbers, lengths, prompt_positions, unit, directions.site)
+        for _ in generation.decode(model, [rows[i] for i in numbers], sampling, watch=watch):
+            pass
+    return out
+
+
+def _read_along(
+    out: torch.Tensor,
+    numbers: list[int],
+    lengths: list[int],
+    prompt_positions: int,
+    unit: Mapping[int, torch.Tensor],
+    site: str,
+    which: list[int],
+    start: list[int],
+    columns: int,
+) -> list[tuple[str, Any]]:
+    """Hooks that write the projections of one pass into ``out`` (see `generation.Watch`)."""
+    wanted = []  # (row of the pass, column, prompt, slot in `out`) of everything asked for
+    for r, i in enumerate(which):
+        for c in range(columns):
+            slot = start[r] + c - lengths[numbers[i]] + prompt_positions
+            if start[r] + c >= 0 and 0 <= slot < out.shape[2]:
+                wanted.append((r, c, numbers[i], slot))
+    if not wanted:
+        return []
+    row, column, prompt, slots = torch.tensor(wanted).T
+
+    def read(index: int, direction: torch.Tensor) -> Any:
+        def hook(x: torch.Tensor, hook: Any) -> None:
+            stream = x[row.to(x.device), column.to(x.device)].float()
+            out[prompt, index, slots] = (stream @ direction.to(x.device)).cpu()
+
+        return hook
+
+    return [(f"blocks.{n}.hook_{site}", read(i, unit[n])) for i, n in enumerate(sorted(unit))]
