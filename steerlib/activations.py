@@ -9,7 +9,9 @@ same instruction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +37,8 @@ def encode(model: TransformerBridge, text: str) -> list[int]:
     if not isinstance(text, str):
         raise ValueError(f"A prompt must be a string, got {type(text).__name__}: {text!r}.")
     ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not text:
-        raise ValueError("The prompt is empty: give at least one character of text.")
+    if not ids:
+        raise ValueError(f"The prompt {text!r} is empty: it has to give at least one token.")
     bos = model.tokenizer.bos_token_id
     if model.cfg.default_prepend_bos and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
@@ -52,7 +54,9 @@ def check_layers(model: TransformerBridge, layers: int | Iterable[int] | None) -
     n = model.cfg.n_layers
     if layers is None:
         return list(range(n))
-    wanted = [layers] if isinstance(layers, int) else list(layers)
+    wanted = [index(layer) for layer in (layers if isinstance(layers, Iterable) else [layers])]
+    if not wanted:
+        raise ValueError("The list of layers is empty: name one at least, or None for all.")
     for layer in wanted:
         if not -n <= layer < n:
             raise ValueError(
@@ -149,11 +153,11 @@ def capture_pairs(
     Raises:
         ValueError: as `capture`; or the number of endings differs between prefixes.
     """
-    per_prefix = (
-        [list(endings)] * len(prefixes)
-        if all(isinstance(e, str) for e in endings)
-        else [list(e) for e in endings]
-    )
+    if isinstance(prefixes, str) or isinstance(endings, str):
+        raise ValueError("Prefixes and endings are lists of texts, got one text alone.")
+    same = [e for e in endings if isinstance(e, str)]
+    all_same = len(same) == len(endings)
+    per_prefix = [same] * len(prefixes) if all_same else [list(e) for e in endings]
     if len(per_prefix) != len(prefixes) or len({len(e) for e in per_prefix}) > 1:
         raise ValueError(
             f"Every prefix needs the same number of endings: got {len(prefixes)} prefixes and "
@@ -165,7 +169,7 @@ def capture_pairs(
     return _capture_groups(model, groups, layers, positions, site)
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def _common_prefix(sequences: Sequence[list[int]]) -> int:
     """Number of leading tokens that all sequences share."""
     low, high = min(sequences), max(sequences)  # lexicographic: the two that differ earliest
     for i, (a, b) in enumerate(zip(low, high, strict=False)):
@@ -184,9 +188,10 @@ def _capture_groups(
     """`capture` for groups of token sequences; each group's common beginning runs once."""
     wanted = check_layers(model, layers)
     check_site(site)
-    where = [positions] if isinstance(positions, int) else list(positions)
-    if not groups:
-        raise ValueError("There is nothing to capture: the list of prompts is empty.")
+    where = [index(p) for p in (positions if isinstance(positions, Iterable) else [positions])]
+    if not where or not groups or not groups[0]:
+        what = "positions" if not where else "endings" if groups else "prompts"
+        raise ValueError(f"There is nothing to capture: the list of {what} is empty.")
     first_wanted = []  # per group: the first position to be captured; nothing after it is shared
     for group in groups:
         for ids in group:
@@ -201,6 +206,11 @@ def _capture_groups(
     header = min(_common_prefix([ids for g in groups for ids in g]), *first_wanted)
     if header < _WORTH_SHARING or len(groups) == 1:
         header = 0
+    # Behind a shared part the padding stands in the middle of a row. Attention masks it, but a
+    # sliding window counts columns: rows that reach beyond one share nothing.
+    window = (
+        getattr(model.original_model.config.get_text_config(), "sliding_window", None) or math.inf
+    )
     order = sorted(range(len(groups)), key=lambda g: max(map(len, groups[g])))
     with torch.no_grad():
         for batch in _batches(order, lambda g: sum(map(len, groups[g]))):
@@ -209,9 +219,18 @@ def _capture_groups(
                 for g in batch
             ]
             rows = [ids for g in batch for ids in groups[g]]
-            acts = _capture_batch(model, rows, header, shared, len(groups[0]), wanted, where, site)
+            first = header
+            if _columns(rows, shared) > window:
+                first, shared = 0, [0] * len(batch)
+            acts = _capture_batch(model, rows, first, shared, len(groups[0]), wanted, where, site)
             out[batch] = acts.reshape(len(batch), len(groups[0]), *acts.shape[1:])
     return out
+
+
+def _columns(rows: list[list[int]], shared: list[int]) -> int:
+    """How wide a batch gets: its longest shared part and its longest end (see `_capture_batch`)."""
+    endings = len(rows) // len(shared)
+    return max(shared) + max(len(ids) - shared[r // endings] for r, ids in enumerate(rows))
 
 
 def _batches(order: list[int], size: Any) -> Iterable[list[int]]:

@@ -115,6 +115,40 @@ def heatmap(
         return ax.get_figure()  # type: ignore[return-value]
 
 
+def dots(
+    frame: pd.DataFrame,
+    y: str,
+    by: str,
+    *,
+    xlabel: str,
+    title: str = "",
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """One line of dots with 95 % intervals per value of ``y``, one colour per value of ``by``.
+
+    Args:
+        frame: as `scoring.summarise` returns it.
+    """
+    labels, groups = list(dict.fromkeys(frame[y])), list(dict.fromkeys(frame[by]))
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(7, 1.2 + 0.36 * len(labels)))
+        for i, name in enumerate(groups):
+            part = frame[frame[by] == name]
+            place = np.array([labels.index(label) for label in part[y]])
+            shift = 0.22 * (i - (len(groups) - 1) / 2)  # side by side, or they hide each other
+            error = np.array([part["mean"] - part["low"], part["high"] - part["mean"]])
+            colour = {**COLOURS, **(colours or {})}.get(str(name), PALETTE[i % len(PALETTE)])
+            ax.errorbar(
+                part["mean"], place + shift, xerr=error.clip(0), fmt="o", color=colour,
+                label=str(name),
+            )  # fmt: skip
+        ax.set_yticks(range(len(labels)), labels)
+        ax.invert_yaxis()
+        ax.set(xlabel=xlabel, title=title)
+        ax.legend(loc="best")
+        return figure
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -184,7 +218,7 @@ def save_figure(figure: Figure, name: str, data: pd.DataFrame | None = None, **o
     path = folder / f"{name}.png"
     temporary = folder / f".{name}.{os.getpid()}"
     try:
-        figure.savefig(temporary, format="png", metadata=text)
+        figure.savefig(temporary, format="png", metadata=text, dpi=STYLE["savefig.dpi"])
         os.replace(temporary, path)
         if data is not None:
             data.to_csv(temporary, index=False)

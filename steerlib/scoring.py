@@ -27,11 +27,13 @@ def count_words(completions: Iterable[str], words: Iterable[str]) -> np.ndarray:
 
     Source: first document, footnotes 22 and 28.
     """
+    if isinstance(completions, str) or isinstance(words, str):
+        raise ValueError("Completions and words are lists of texts, got one text alone.")
     listed = [re.escape(word) for word in words]
     if not listed:
         raise ValueError("The list of words to count is empty.")
     pattern = re.compile(rf"\b(?:{'|'.join(listed)})\b", re.IGNORECASE)
-    return np.array([len(pattern.findall(text)) for text in completions])
+    return np.array([len(pattern.findall(text)) for text in completions], dtype=int)
 
 
 def mean_interval(
@@ -159,6 +161,11 @@ def perplexity(
 
     listed = [texts] if isinstance(texts, str) else list(texts)
     acts = {name: interventions(c, model) for name, c in conditions.items()}
+    if not listed or not acts or skip_positions < 0:
+        raise ValueError(
+            f"Nothing to score: {len(listed)} texts, {len(acts)} conditions, "
+            f"skip_positions={skip_positions}."
+        )
     rows, labels = [], []
     for text in listed:
         ids = encode(model, text)

@@ -298,7 +298,8 @@ class SteeringVector:
 
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        tensors = {f"layer.{layer}": t.contiguous() for layer, t in self.layers.items()}
+        # Cloned, since safetensors refuses a tensor that stands at several layers.
+        tensors = {f"layer.{layer}": t.clone().contiguous() for layer, t in self.layers.items()}
         header = {"format": _FORMAT, "site": self.site, "at": self.at}
         try:
             save_file(tensors, temporary, {**header, "meta": json.dumps(dict(self.meta))})
