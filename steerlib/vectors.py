@@ -356,9 +356,8 @@ class SteeringVector:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             writer = GGUFWriter(temporary, "controlvector")
-            writer.add_string(
-                "controlvector.model_hint", model_hint or str(self.meta.get("model", ""))
-            )
+            hint = model_hint or self.meta.get("model") or "unknown"  # repeng refuses an empty one
+            writer.add_string("controlvector.model_hint", str(hint))
             writer.add_uint32("controlvector.layer_count", len(self.layers))
             for layer in sorted(self.layers):
                 writer.add_tensor(f"direction.{layer - shift}", self.layers[layer][0].numpy())
