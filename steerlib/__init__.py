@@ -24,13 +24,21 @@ _HOME = {
     "choice_probabilities": "sweeps",
     "capture_generation": "sweeps",
     "perplexity": "scoring",
+    "completion_surprisal": "scoring",
     "next_token_shift": "scoring",
+    "kl_by_prompt": "scoring",
+    "token_changes": "scoring",
+    "relative_norms": "scoring",
+    "logit_lens": "scoring",
     "count_words": "scoring",
+    "parse_choice": "scoring",
     "mean_interval": "scoring",
     "proportion_interval": "scoring",
+    "contrast_pairs": "datasets",
+    "layer_accuracy": "probes",
     "save_figure": "plots",
 }
-_MODULES = {"activations", "datasets", "plots", "scoring", "widgets"}
+_MODULES = {"activations", "datasets", "plots", "probes", "scoring", "widgets"}
 __all__ = [*_HOME, *sorted(_MODULES)]
 
 

@@ -1,13 +1,20 @@
-"""The data that ships with this repository (`data/`, described in `data/README.md`)."""
+"""The data that ships with this repository (`data/`, described in `data/README.md`), public sets
+by their address, and contrast pairs made from either."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 def folder() -> Path:
@@ -63,3 +70,323 @@ def code_switches() -> list[tuple[str, str]]:
         for i in range(len(english)):
             pairs.append((" ".join(english[:i] + french[i:]), " ".join(english)))
     return pairs
+
+
+# ---------------------------------------------------------------- public sets, by their address
+
+FACTS = (
+    "https://raw.githubusercontent.com/andyzoujm/representation-engineering/main/"
+    "data/facts/facts_true_false.csv"
+)
+TRUTHFUL_QA = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
+
+
+def facts(source: str | os.PathLike[str] = FACTS) -> pd.DataFrame:
+    """True and false claims of representation-engineering, with the columns of ``claims``.
+
+    The set repeats some claims, and has not as many true as false ones: give `contrast_pairs` an
+    ``n``.
+
+    Args:
+        source: an address, or the file of a copy.
+
+    Raises:
+        OSError: it cannot be read (no network).
+        ValueError: what stands there is another table.
+
+    Source: second document, "Choosing datasets".
+    """
+    table = _public("facts of representation-engineering", source, ["statement", "label"])
+    table = table.drop_duplicates("statement", ignore_index=True)
+    names = [f"f{i:03}" for i in range(len(table))]
+    columns = {"id": names, "pair": names, "domain": "facts", "claim": table.statement}
+    return table.assign(**columns)[[*columns, "label"]]
+
+
+def truthful_qa(
+    categories: Sequence[str] = ("Misconceptions", "Superstitions"),
+    source: str | os.PathLike[str] = TRUTHFUL_QA,
+) -> pd.DataFrame:
+    """Questions of TruthfulQA, with the columns of ``misconceptions``; sides alternate.
+
+    Args:
+        categories: those whose names begin so.
+        source: an address, or the file of a copy.
+
+    Raises:
+        OSError: it cannot be read (no network).
+        ValueError: what stands there is another table, or no category fits.
+    """
+    import pandas as pd
+
+    wanted = ["Category", "Question", "Best Answer", "Incorrect Answers"]
+    table = _public("TruthfulQA", source, wanted)
+    chosen = table[table.Category.str.startswith(tuple(categories))].reset_index(drop=True)
+    if chosen.empty:
+        known = ", ".join(sorted(set(table.Category)))
+        raise ValueError(f"TruthfulQA has no category {list(categories)}; there are {known}.")
+    wrong = chosen["Incorrect Answers"].str.split(";").str[0].str.strip()
+    return pd.DataFrame(
+        {
+            "id": [f"t{i:03}" for i in range(len(chosen))],
+            "question": chosen.Question,
+            "correct": chosen["Best Answer"],
+            "popular_wrong": chosen.get("Best Incorrect Answer", wrong),
+            "side": ["AB"[i % 2] for i in range(len(chosen))],
+            "category": chosen.Category,
+        }
+    )
+
+
+def _public(name: str, source: str | os.PathLike[str], columns: list[str]) -> pd.DataFrame:
+    """A public table with these columns, from its address or a file."""
+    import pandas as pd
+
+    where = os.fspath(source)
+    try:
+        if "://" in where:
+            with urlopen(where, timeout=30) as answer:
+                content = answer.read()
+        else:
+            content = Path(where).read_bytes()
+    except (OSError, HTTPException) as error:
+        raise OSError(
+            f"The {name} could not be read from {where} ({error}). They are not part of this "
+            "repository: connect to the network, or give source= the file of a copy."
+        ) from error
+    try:
+        table = pd.read_csv(io.BytesIO(content), keep_default_na=False, encoding="utf-8-sig")
+        if missing := [c for c in columns if c not in table]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
+    except ValueError as error:  # also what pandas and the decoder raise
+        raise ValueError(f"At {where} is not the {name}: {error}.") from error
+    return table
+
+
+# ---------------------------------------------------------------- questions and contrast pairs
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastPairs(Sequence[tuple[str, str]]):
+    """Questions, each answered honestly and dishonestly; made by `contrast_pairs`.
+
+    As a sequence it holds text pairs (honest, dishonest), as `SteeringVector.from_pairs` takes
+    them; ``capture_pairs(model, pairs.prefixes, pairs.endings)`` runs each question once.
+
+    Attributes:
+        prefixes: everything before the key token, one text a question.
+        endings: the rest, honest answer first, two texts a question.
+        labels: one row a text, in the order of ``endings``: id, pair (ids that belong together),
+            truth (of the claim; missing where there is no claim), label (the answer, A or B),
+            honest.
+        position: of the key token, the A or B: -1 where nothing is behind it.
+        options: the key token's text for A and for B, as `choice_probabilities` takes it.
+    """
+
+    prefixes: list[str]
+    endings: list[tuple[str, str]]
+    labels: pd.DataFrame
+    position: int
+    options: tuple[str, str]
+
+    def __len__(self) -> int:
+        return len(self.prefixes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return tuple(self.prefixes[index] + ending for ending in self.endings[index])
+
+
+def questions(table: pd.DataFrame) -> pd.DataFrame:
+    """Two-way questions from ``claims``, ``misconceptions`` or ``dilemmas``, or their like.
+
+    Returns:
+        One row per row of ``table``: id, pair, truth (missing where there is no claim), text (the
+        question with its two choices, up to "Answer:"), a, b (the choices), honest (A or B).
+
+    Raises:
+        ValueError: unknown columns, or labels that are neither 1 nor 0, neither A nor B.
+    """
+    import pandas as pd
+
+    known = {
+        "claim": ("label", {"1": "A", "0": "B", "True": "A", "False": "B"}),
+        "question": ("side", {"A": "A", "B": "B"}),
+        "situation": ("honest", {"A": "A", "B": "B"}),
+    }
+    kind = next((k for k, (key, _) in known.items() if {k, key} <= set(table)), None)
+    if kind is None:
+        raise ValueError(
+            "Questions are made from tables with the columns claim and label; question, correct, "
+            f"popular_wrong and side; or situation, option_a, option_b and honest: got "
+            f"{', '.join(map(str, table.columns))}."
+        )
+    key, letters = known[kind]
+    honest = table[key].astype(str).map(letters)
+    if honest.isna().any():
+        found = sorted(set(table[key][honest.isna()].astype(str)))
+        raise ValueError(f"Column {key} must hold {' or '.join(letters)}, got {found[:5]}.")
+    asked, truth, first = table[kind].astype(str), None, honest == "A"
+    if kind == "claim":
+        truth = first.tolist()
+        asked = 'Is the following claim true or false? "' + asked + '"'
+        a, b = pd.Series("True", table.index), pd.Series("False", table.index)
+    elif kind == "question":
+        a = table.correct.where(first, table.popular_wrong)
+        b = table.popular_wrong.where(first, table.correct)
+    else:
+        a, b = table.option_a, table.option_b
+    text = "Question: " + asked + "\n\nChoices:\n(A) " + a + "\n(B) " + b + "\n\nAnswer:"
+    names = table["id"] if "id" in table else pd.Series(range(len(table)), table.index)
+    pair = table["pair"] if "pair" in table else names
+    columns = {"id": names, "pair": pair, "truth": truth, "text": text, "a": a, "b": b}
+    return pd.DataFrame({**columns, "honest": honest}).reset_index(drop=True)
+
+
+def chat_prompt(
+    model: TransformerBridge, text: str, system: str | None = None, prefill: str = ""
+) -> str:
+    """``text`` as the user's turn of a chat, up to where the model goes on.
+
+    Args:
+        system: the system prompt; None leaves the one that the chat template has by default.
+        prefill: what the answer begins with, such as "(".
+
+    Returns:
+        A prompt as `encode` takes it. Without a chat template, system prompt, text and prefill in
+        plain text.
+
+    Raises:
+        ValueError: the chat template knows no system prompt.
+    """
+    tokenizer = model.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        return (f"{system}\n\n" if system else "") + text + (f" {prefill}" if prefill else "")
+    turns = [{"role": "user", "content": text}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    try:
+        start = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template raises, mostly "System role not supported"
+        raise ValueError(f"The chat template of this model refuses the prompt: {error}.") from error
+    return start + prefill
+
+
+def contrast_pairs(
+    model: TransformerBridge,
+    table: pd.DataFrame,
+    n: int | None = None,
+    *,
+    system: str | None = None,
+    prefill: str = "(",
+    closing: str = "",
+    seed: int = 0,
+) -> ContrastPairs:
+    """Every question with its honest and its dishonest answer, exactly counterbalanced.
+
+    Both classes hold every question once, and as many answers A as B; with claims, therefore, as
+    many true as false ones. Without that the mean difference is the label, not honesty.
+
+    Args:
+        model: its tokenizer decides what the key token is: the A or B, or "(A" where that is one.
+        table: ``claims``, ``misconceptions``, ``dilemmas``, or their like (see `questions`).
+        n: draw so many questions at random, half of each kind, rows of one ``pair`` together
+            where they can be; all rows by default.
+        system, prefill: as for `chat_prompt`.
+        closing: text behind the key token, such as ")".
+
+    Raises:
+        ValueError: the rows cannot be balanced; repeated questions; a tokenizer for which the
+            two answers differ in more than one token.
+
+    Source: second document, "Choosing datasets".
+    """
+    import pandas as pd
+
+    asked = _balanced(questions(table), n, seed)
+    prefixes: list[str] = []
+    endings, rows = [], []
+    where: tuple[int, int] | None = None  # key token: its position, and where it starts in the text
+    for item in asked.itertuples():
+        start = chat_prompt(model, item.text, system, prefill)
+        texts = {letter: start + letter + closing for letter in "AB"}
+        found = _key_token(model, texts, len(start))
+        if where is not None and (found[0], found[1] - len(start)) != where:
+            raise ValueError(f"The key token stands elsewhere in {start!r} than in other prompts.")
+        where = found[0], found[1] - len(start)
+        prefixes.append(start[: found[1]])
+        order = "AB" if item.honest == "A" else "BA"
+        endings.append((texts[order[0]][found[1] :], texts[order[1]][found[1] :]))
+        rows += [(item.id, item.pair, item.truth, o, o == item.honest) for o in order]
+    assert where is not None
+    labels = pd.DataFrame(rows, columns=["id", "pair", "truth", "label", "honest"])
+    key = endings[0] if labels.label[0] == "A" else endings[0][::-1]
+    options = tuple(text.removesuffix(closing) for text in key)
+    return ContrastPairs(prefixes, endings, labels, where[0], (options[0], options[1]))
+
+
+def _balanced(asked: pd.DataFrame, n: int | None, seed: int) -> pd.DataFrame:
+    """``asked``, or ``n`` of its rows, with as many honest answers A as B."""
+    twice = asked[asked.text.duplicated()]
+    if len(twice):
+        raise ValueError(
+            f"{len(twice)} questions occur more than once, {twice.text.iloc[0]!r} among them: "
+            "every one may occur once."
+        )
+    kinds = {s: f"questions with the honest answer {s}" for s in "AB"}
+    if asked.truth.notna().any():
+        kinds = {"A": "true claims", "B": "false claims"}
+    has = {side: int((asked.honest == side).sum()) for side in "AB"}
+    count = " and ".join(f"{has[side]} {kinds[side]}" for side in "AB")
+    if n is None:
+        surplus = abs(has["A"] - has["B"])
+        if surplus or not len(asked):
+            most = max(has, key=lambda side: has[side])
+            raise ValueError(
+                f"Contrast pairs must be balanced, got {count}: {surplus} {kinds[most]} too many. "
+                f"With n={2 * min(has.values())}, as many of each are drawn."
+                if surplus
+                else "Contrast pairs need at least one question of each kind, got none."
+            )
+        return asked
+    short = {side: n // 2 - has[side] for side in "AB" if has[side] < n // 2}
+    if n < 2 or n % 2 or short:
+        how = ", ".join(f"{k} {kinds[side]} too few" for side, k in short.items())
+        raise ValueError(
+            f"n={n} contrast pairs cannot be balanced from {count}: {how or 'n must be even'}."
+        )
+    groups = asked.pair.drop_duplicates().sample(frac=1, random_state=seed)
+    rank = asked.pair.map(dict(zip(groups, range(len(groups)), strict=True)))
+    order = asked.loc[rank.sort_values(kind="stable").index]
+    return order.groupby("honest").head(n // 2).reset_index(drop=True)
+
+
+def _key_token(model: TransformerBridge, texts: dict[str, str], letter: int) -> tuple[int, int]:
+    """Where the two texts differ: position (from the end) and first character of the one token.
+
+    ``letter`` is the character at which A or B stands.
+    """
+    from .activations import encode
+
+    ids = {side: encode(model, text) for side, text in texts.items()}
+    differ = [i for i, (a, b) in enumerate(zip(ids["A"], ids["B"], strict=False)) if a != b]
+    token = {side: model.tokenizer.decode([ids[side][i] for i in differ]) for side in "AB"}
+    if (
+        len(ids["A"]) != len(ids["B"])
+        or len(differ) != 1
+        or "A" not in token["A"]
+        or token["A"].replace("A", "B") != token["B"]
+    ):
+        raise ValueError(
+            f"The answers must differ in one token, the A or B; at the end of {texts['A'][-20:]!r} "
+            f"they differ in {token['A']!r} and {token['B']!r}: try another prefill or closing."
+        )
+    head = ids["A"][: differ[0]]
+    for start in range(letter, max(letter - 8, 0), -1):
+        if encode(model, texts["A"][:start]) == head:
+            return differ[0] - len(ids["A"]), start
+    raise ValueError(
+        f"{texts['A'][-20:]!r} cannot be cut before its key token {token['A']!r}: the tokens in "
+        "front of it change. Try another prefill."
+    )

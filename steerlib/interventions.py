@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .activations import encode
-from .vectors import SteeringVector
+from .vectors import PLACES, SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-PLACES = ("front", "middle", "back", "prompt", "generated", "all")
 At = str | int | Sequence[int] | slice
 _END = 1 << 30  # beyond any position: "and all that follow"
 
@@ -89,10 +89,13 @@ def _check_at(at: At) -> Any:
         return at
     if isinstance(at, slice):
         return ("slice", at.start, at.stop, at.step)
-    places = [at] if isinstance(at, int) else list(at)
-    if not places or not all(isinstance(p, int) for p in places):
+    try:
+        places = tuple(map(index, [at] if isinstance(at, int) else at))
+    except TypeError:
+        places = ()
+    if not places:
         raise ValueError(f"at={at!r} is not a list of positions (whole numbers).")
-    return tuple(places)
+    return places
 
 
 @dataclass(frozen=True)
@@ -330,6 +333,8 @@ def align(
     rows: list[list[Any]] = [["0 (prompt)", "+1", *tokens]]
     for item in vectors.values():
         act = Add(item, at=item.at) if isinstance(item, SteeringVector) else item
+        if "tokens" not in act.vector.meta:
+            raise ValueError(f"{act.vector!r} has no tokens to align: it is not from two prompts.")
         first = _span(_check_at(act.at), act.vector.n_positions, len(ids))[0]
         factor = act.coefficient * act.vector.meta.get("coefficient", 1.0)
         layers = ", ".join(map(str, sorted(act.vector.layers)))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "steerlib.vector.1"
 METHODS = ("mean", "pca", "probe")
+PLACES = ("front", "middle", "back", "prompt", "generated", "all")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         check_site(self.site)
+        if self.at not in PLACES:
+            raise ValueError(f"at={self.at!r} is unknown: use one of {', '.join(PLACES)}.")
         if not self.layers:
             raise ValueError("A steering vector needs at least one layer.")
         shapes = {tuple(t.shape) for t in self.layers.values()}
@@ -176,6 +179,11 @@ class SteeringVector:
         groups = [[encode(model, pos), encode(model, neg)] for pos, neg in items]
         acts = _capture_groups(model, groups, wanted, position, site)[:, :, :, 0]
         diffs = (acts[:, 0] - acts[:, 1]).double()  # means in float64, as refusal_direction does
+        if not diffs.any():
+            raise ValueError(
+                f"The two prompts of every pair are the same up to position {position}: there is "
+                "no difference to take."
+            )
         meta = {
             "name": f"{method}{f'[{component}]' if method == 'pca' else ''} of {len(items)} pairs",
             "model": model.cfg.model_name,
@@ -202,7 +210,12 @@ class SteeringVector:
             v = vector.layers[layer]
             draw = torch.randn(v.shape, generator=generator)
             noise[layer] = draw / draw.norm(dim=-1, keepdim=True) * v.norm(dim=-1, keepdim=True)
-        meta = {**vector.meta, "name": f"random like {vector.meta.get('name', '')}", "seed": seed}
+        meta = {
+            "name": f"random like {vector.meta.get('name', 'a vector')}",
+            "model": vector.meta.get("model"),
+            "method": "random_like",
+            "seed": seed,
+        }
         return replace(vector, layers=noise, meta=meta)
 
     # ---------------------------------------------------------------- arithmetic
@@ -252,13 +265,23 @@ class SteeringVector:
                 if layer in vector.layers:
                     total[: vector.n_positions] += vector.layers[layer]
             layers[layer] = total
-        parts = [v.meta.get("parts", [dict(v.meta)]) for v in (self, other)]
+        parts = [v._parts() for v in (self, other)]
         name = " + ".join(p.get("name", "?") for part in parts for p in part)
         model = (
             self.meta.get("model") if self.meta.get("model") == other.meta.get("model") else None
         )
         meta = {"name": name, "model": model, "method": "sum", "parts": [*parts[0], *parts[1]]}
         return SteeringVector(layers, self.site, self.at, meta)
+
+    def _parts(self) -> list[dict[str, Any]]:
+        """Where the summands came from, each with the coefficient it has by now."""
+        if "parts" not in self.meta:
+            return [dict(self.meta)]
+        factor = self.meta.get("coefficient", 1.0)
+        return [
+            {**part, "coefficient": factor * part.get("coefficient", 1.0)}
+            for part in self.meta["parts"]
+        ]
 
     def norm(self) -> dict[int, torch.Tensor]:
         """L2 norm per position, ``[n_positions]``, for each layer."""

@@ -1,0 +1,298 @@
+"""What the stream says, layer by layer: directions, held-out accuracy, principal components.
+
+Everything here works on activations of contrast pairs, ``[pair, 2, ...]``, positive (honest)
+prompt first, as `capture_pairs` returns them for a `ContrastPairs`, and on its table of labels.
+Held out means: fitted on other claims; a claim and its twin are never in both parts, and every
+training part is cut to as many answers A as B, without which a mean difference is the label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .scoring import proportion_interval
+from .vectors import fit_direction
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RECIPES = ("mean", "pc1", "pc2", "pc3", "logistic", "mass-mean")
+CONTROLS = ("random", "shuffled")
+
+
+def pair_accuracy(acts: torch.Tensor, direction: torch.Tensor) -> tuple[float, float, float]:
+    """How often the first prompt of a pair projects higher: share, and its Wilson interval.
+
+    Args:
+        acts: ``[pair, 2, d_model]``; direction: ``[d_model]``, of any length but zero.
+
+    Source: second document, "Binary classification". A tie counts half.
+    """
+    hits = _hits((_array(acts)[:, 0] - _array(acts)[:, 1]) @ _array(direction))
+    return proportion_interval(round(hits.sum()), len(hits))
+
+
+def principal_components(
+    acts: torch.Tensor, n_components: int = 3, of: str = "differences", seed: int = 0
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Principal components of the paired differences, or of the activations themselves.
+
+    Args:
+        acts: ``[pair, 2, d_model]``.
+        of: ``differences``, which enter with both signs and hence uncentred, as in
+            `SteeringVector.from_pairs`; or ``raw``, centred.
+
+    Returns:
+        Unit vectors ``[component, d_model]`` (float32), each with the sign that makes the first
+        prompts of these pairs project higher on average; and the share of variance explained.
+
+    Source: second document, "run a PCA on the paired differences (or raw values)".
+    """
+    from sklearn.decomposition import PCA
+
+    x = _array(acts)
+    diffs = x[:, 0] - x[:, 1]
+    if of not in ("differences", "raw"):
+        raise ValueError(f"Components of {of!r} are unknown: use differences or raw.")
+    if not 1 <= n_components <= min(diffs.shape):
+        raise ValueError(
+            f"{n_components} components cannot be had from {len(diffs)} pairs in "
+            f"{diffs.shape[1]} dimensions."
+        )
+    data = np.concatenate([diffs, -diffs] if of == "differences" else [x[:, 0], x[:, 1]])
+    if np.ptp(data, axis=0).max() == 0:  # before the key token both prompts are the same
+        return torch.eye(*diffs.shape[1:])[:n_components], np.zeros(n_components)
+    pca = PCA(n_components, random_state=seed).fit(data)
+    sign = np.where(pca.components_ @ diffs.mean(0) >= 0, 1.0, -1.0)
+    directions = torch.from_numpy(pca.components_ * sign[:, None])
+    return directions.float(), pca.explained_variance_ratio_
+
+
+def fit(acts: torch.Tensor, recipes: str | Sequence[str], seed: int = 0) -> dict[str, torch.Tensor]:
+    """One unit direction ``[d_model]`` (float32) per recipe, pointing to the first prompts.
+
+    Args:
+        acts: ``[pair, 2, d_model]``, balanced.
+        recipes: ``mean`` (mean difference), ``pc1`` ``pc2`` ... (`principal_components` of the
+            differences), ``logistic`` (regression on the differences), ``mass-mean`` (the mean
+            difference in units of the spread within each class; Marks and Tegmark; the
+            covariance shrunk after Ledoit and Wolf).
+
+    Raises:
+        ValueError: unknown recipe, or more components than pairs.
+    """
+    names = [recipes] if isinstance(recipes, str) else list(recipes)
+    numbers = [int(name[2:]) for name in names if name[:2] == "pc" and name[2:].isdecimal()]
+    x = acts.double()
+    diffs = x[:, 0] - x[:, 1]
+    components = principal_components(x, max(numbers), seed=seed)[0] if numbers else None
+    found = {}
+    for name in names:
+        if name == "mean":
+            v = diffs.mean(0)
+        elif name == "logistic":
+            v = fit_direction(diffs, "probe") if diffs.any() else diffs[0]
+        elif name == "mass-mean":
+            v = _mass_mean(x)
+        elif components is not None and name[:2] == "pc" and name[2:].isdecimal() and name != "pc0":
+            v = components[int(name[2:]) - 1]
+        else:
+            known = "mean, pc1, pc2, ..., logistic, mass-mean"
+            raise ValueError(f"Recipe {name!r} is unknown: use {known}.")
+        found[name] = (v / (v.norm() or 1.0)).float()
+    return found
+
+
+def layer_accuracy(
+    acts: torch.Tensor,
+    labels: pd.DataFrame,
+    layers: Sequence[int] | None = None,
+    recipes: Sequence[str] = RECIPES,
+    folds: int = 5,
+    n_controls: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Pair accuracy of every recipe at every layer, in training and on held-out pairs.
+
+    Args:
+        acts: ``[pair, 2, layer, d_model]``, or with one position as `capture_pairs` returns it.
+        labels: of the `ContrastPairs` (columns pair, label, honest are used).
+        layers: what to call the layers; 0, 1, ... by default.
+        n_controls: how many ``random`` directions (their sign is fixed in training, as for any
+            recipe), and how many mean differences of pairs whose labels were swapped at random
+            (``shuffled``).
+
+    Returns:
+        One row per layer x recipe x split: layer, recipe (the two controls among them), split
+        (``train``: fitted on all pairs and tried on the same; ``held-out``: cross-validated),
+        accuracy, low, high, n (pairs). The interval is Wilson's; for a control it is where 95 %
+        of its draws lie.
+
+    Raises:
+        ValueError: labels that do not fit, or too few pairs for so many folds.
+    """
+    import pandas as pd
+
+    x = acts[:, :, :, 0] if acts.ndim == 5 and acts.shape[3] == 1 else acts
+    parts = _splits(x, labels, folds, seed, 4)
+    names = list(range(x.shape[2])) if layers is None else list(layers)
+    if len(names) != x.shape[2]:
+        raise ValueError(f"{len(names)} layers are named, the activations have {x.shape[2]}.")
+    rows = []
+    for i, layer in enumerate(names):
+        here = x[:, :, i].double()
+        diffs = (here[:, 0] - here[:, 1]).numpy()
+        for split in ("train", "held-out"):
+            hits = {name: np.zeros((len(diffs), 1)) for name in recipes}
+            hits |= {name: np.zeros((len(diffs), n_controls)) for name in CONTROLS}
+            for train, test in parts[:1] if split == "train" else parts[1:]:
+                for name, v in fit(here[train], recipes, seed).items():
+                    hits[name][test] = _hits(diffs[test] @ _array(v)[:, None])
+                for name, many in _controls(diffs[train], n_controls, seed).items():
+                    hits[name][test] = _hits(diffs[test] @ many.T)
+            for name, hit in hits.items():
+                share = hit.mean(0)
+                interval = (float(share.mean()), *np.quantile(share, [0.025, 0.975]).tolist())
+                if name not in CONTROLS:
+                    interval = proportion_interval(round(hit.sum()), len(hit))
+                rows.append((layer, name, split, *interval, len(hit)))
+    columns = ["layer", "recipe", "split", "accuracy", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def component_table(
+    acts: torch.Tensor,
+    labels: pd.DataFrame,
+    n_components: int = 3,
+    of: str = "differences",
+    folds: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What each principal component separates, on held-out pairs.
+
+    Args:
+        acts: ``[pair, 2, d_model]``, one layer.
+        labels: of the `ContrastPairs`.
+
+    Returns:
+        One row per component x factor x measure: component (1, 2, ...), explained (share of
+        variance, all pairs), factor (``honesty``; ``label``, A or B; ``truth`` of the claim, where
+        there are claims), measure, accuracy with low and high (Wilson), auc, n. The measure
+        ``pairs`` asks which of a pair's two prompts projects higher (not for truth, which they
+        share), ``prompts`` tells single prompts apart, by a threshold midway between the means in
+        training. For which side is high, the training pairs decide, factor by factor.
+    """
+    import pandas as pd
+    from sklearn.metrics import roc_auc_score
+
+    parts = _splits(acts, labels, folds, seed, 3)[1:]
+    explained = principal_components(acts, n_components, of, seed)[1]
+    factors = {"honesty": labels.honest, "label": labels.label == "A"}
+    if labels.truth.notna().all():
+        factors["truth"] = labels.truth
+    x = _array(acts)
+    place = [(k, name) for k in range(n_components) for name in factors]
+    right: dict[tuple[int, str], list[np.ndarray]] = {key: [] for key in place}
+    in_pairs: dict[tuple[int, str], list[np.ndarray]] = {key: [] for key in place}
+    auc: dict[tuple[int, str], list[float]] = {key: [] for key in place}
+    for train, test in parts:
+        directions = principal_components(acts[train], n_components, of, seed)[0]
+        projected = x @ _array(directions).T
+        for k, name in place:
+            truth = factors[name].to_numpy(dtype=bool).reshape(-1, 2)
+            z, known = projected[:, :, k], truth[train]
+            high, low = z[train][known].mean(), z[train][~known].mean()
+            z = (z - (high + low) / 2) * (1 if high >= low else -1)
+            right[k, name].append((z[test] > 0) == truth[test])
+            auc[k, name].append(roc_auc_score(truth[test].ravel(), z[test].ravel()))
+            if name != "truth":
+                in_pairs[k, name].append(
+                    _hits((z[:, 0] - z[:, 1]) * np.sign(truth[:, 0] - 0.5))[test]
+                )
+    rows = []
+    for k, name in place:
+        for measure, found in (("pairs", in_pairs), ("prompts", right)):
+            if found[k, name]:
+                hit = np.concatenate([h.ravel() for h in found[k, name]])
+                interval = proportion_interval(round(hit.sum()), len(hit))
+                area = float(np.mean(auc[k, name]))
+                rows.append((k + 1, explained[k], name, measure, *interval, area, len(hit)))
+    columns = ["component", "explained", "factor", "measure", "accuracy", "low", "high", "auc", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    return x.double().cpu().numpy()
+
+
+def _hits(projections: np.ndarray) -> np.ndarray:
+    return (np.sign(projections) + 1) / 2
+
+
+def _splits(
+    acts: torch.Tensor, labels: pd.DataFrame, folds: int, seed: int, ndim: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, test) pair numbers: first all pairs in both, then each fold."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    honest = labels[labels.honest.astype(bool)]
+    if acts.ndim != ndim or acts.shape[1] != 2 or 2 * len(acts) != len(labels):
+        raise ValueError(
+            f"Activations {list(acts.shape)} do not fit: wanted are {ndim} dimensions, of which "
+            f"the first is pairs and the second 2, for {len(labels)} labels."
+        )
+    if list(honest.index) != list(labels.index[::2]):
+        raise ValueError("In the labels every honest answer must stand before its dishonest one.")
+    side, group = honest.label.to_numpy(), honest.pair.to_numpy()
+    if len(set(group)) < folds or min((side == s).sum() for s in "AB") < folds:
+        raise ValueError(
+            f"{folds} folds need at least as many separate claims, and so many with each answer: "
+            f"there are {len(set(group))} claims, {(side == 'A').sum()} with the honest answer A."
+        )
+    rng = np.random.default_rng(seed)
+
+    def balanced(numbers: np.ndarray) -> np.ndarray:
+        sides = [rng.permutation(numbers[side[numbers] == s]) for s in "AB"]
+        return np.sort(np.concatenate([s[: min(map(len, sides))] for s in sides]))
+
+    everything = np.arange(len(side))
+    kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = [(balanced(train), test) for train, test in kfold.split(side, side, group)]
+    return [(balanced(everything), everything), *parts]
+
+
+def _controls(diffs: np.ndarray, n: int, seed: int) -> dict[str, np.ndarray]:
+    """Directions ``[n, d_model]`` that know of honesty no more than a sign, or nothing."""
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((n, diffs.shape[1]))
+    noise *= np.where(noise @ diffs.mean(0) >= 0, 1, -1)[:, None]
+    swaps = rng.choice([-1.0, 1.0], (n, len(diffs)))
+    return {"random": noise, "shuffled": swaps @ diffs}
+
+
+def _mass_mean(x: torch.Tensor) -> torch.Tensor:
+    """Inverse of the shrunk covariance within classes, times the mean difference.
+
+    Both the shrinkage after Ledoit and Wolf (as in scikit-learn) and the inverse (after Woodbury)
+    need the products of the n rows only, which are fewer than the entries of the covariance.
+    """
+    mean = x.mean(0)
+    within = (x - mean).reshape(-1, x.shape[-1])
+    n, d = within.shape
+    difference, gram = mean[0] - mean[1], within @ within.T
+    scale = gram.trace() / (n * d)
+    spread = gram.square().sum() / n**2 - d * scale**2
+    error = gram.diagonal().square().sum() / n**2 - gram.square().sum() / n**3
+    shrinkage = min(float(error / spread), 1.0) if spread > 0 else 1.0
+    if not 0 < shrinkage < 1:
+        return difference
+    ridge = shrinkage * scale * n / (1 - shrinkage)
+    inner = gram + ridge * torch.eye(n, dtype=gram.dtype)
+    return difference - within.T @ torch.linalg.solve(inner, within @ difference)

@@ -1,0 +1,181 @@
+"""Probes on synthetic activations whose structure is known, and on none at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import steerlib as sl
+from steerlib.probes import component_table, fit, layer_accuracy, pair_accuracy
+from steerlib.probes import principal_components as components
+from steerlib.vectors import fit_direction
+
+D = 24
+
+
+def synthetic(
+    n: int = 60, honesty: float = 1.0, label: float = 2.0, noise: float = 0.5, seed: int = 0
+) -> tuple[torch.Tensor, pd.DataFrame]:
+    """Twins of claims: dimension 0 carries honesty, 1 the label A or B, 2 the claim's truth."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, acts = [], torch.zeros(n, 2, D)
+    for i in range(n):
+        truth = i % 2 == 0
+        content = torch.randn(D, generator=generator) * noise
+        for j, honest in enumerate((True, False)):
+            says_true = truth == honest
+            acts[i, j] = content + noise * torch.randn(D, generator=generator)
+            acts[i, j, 0] += honesty * (1 if honest else -1)
+            acts[i, j, 1] += label * (1 if says_true else -1)
+            acts[i, j, 2] += 3 * label * (1 if truth else -1)
+            rows.append((f"c{i}", f"p{i // 2}", truth, "A" if says_true else "B", honest))
+    return acts, pd.DataFrame(rows, columns=["id", "pair", "truth", "label", "honest"])
+
+
+def axis(i: int) -> torch.Tensor:
+    return torch.eye(D)[i]
+
+
+def test_pair_accuracy_in_closed_form() -> None:
+    acts = torch.tensor([[[2.0, 0], [1, 9]], [[0, 0], [3, 0]], [[5, 1], [4, 1]], [[7, 0], [7, 5]]])
+    share, low, high = pair_accuracy(acts, torch.tensor([3.0, 0]))  # +, -, +, tie
+    assert share == round(2.5) / 4 and low < share < high
+    flipped = pair_accuracy(acts[:3], torch.tensor([-1.0, 0]))
+    assert flipped == sl.proportion_interval(1, 3)
+    assert pair_accuracy(acts[:3], torch.tensor([0.01, 0])) == sl.proportion_interval(2, 3)
+
+
+def test_components_recover_what_was_planted() -> None:
+    acts, _ = synthetic(200)
+    directions, explained = components(acts, 3)
+    assert abs(directions[0] @ axis(1)) > 0.99  # the label moves most within pairs
+    assert directions[1] @ axis(0) > 0.98  # then honesty, and its sign is known
+    assert explained[0] > explained[1] > 4 * explained[2]
+    raw, _ = components(acts, 3, of="raw")
+    assert abs(raw[0] @ axis(2)) > 0.99  # between claims their truth
+    assert torch.allclose(directions @ directions.T, torch.eye(3), atol=1e-5)
+    for k in range(3):  # the same as the vectors used for steering
+        diffs = (acts[:, 0] - acts[:, 1]).double()
+        assert fit_direction(diffs, "pca", k) @ directions[k].double() > 0.999
+
+
+def test_component_table_names_them() -> None:
+    acts, labels = synthetic(120)
+    table = component_table(acts, labels).set_index(["component", "factor", "measure"])
+    assert table.accuracy[1, "label", "pairs"] > 0.95 and table.auc[1, "label", "prompts"] > 0.95
+    assert table.accuracy[2, "honesty", "pairs"] > 0.9
+    assert table.accuracy[2, "honesty", "prompts"] > 0.8
+    for other in [(1, "honesty"), (2, "label"), (3, "honesty"), (3, "label"), (2, "truth")]:
+        assert 0.3 < table.auc[*other, "prompts"] < 0.7
+    assert (1, "truth", "pairs") not in table.index  # the prompts of a pair share it
+    raw = component_table(acts, labels, of="raw").set_index(["component", "factor", "measure"])
+    assert raw.accuracy[1, "truth", "prompts"] > 0.95
+    assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
+    assert set(table.n) == {120, 240}
+
+
+def test_component_table_without_claims() -> None:
+    acts, labels = synthetic(40)
+    table = component_table(acts, labels.assign(truth=None), n_components=1)
+    assert list(table.factor) == ["honesty"] * 2 + ["label"] * 2
+
+
+def test_noise_gives_nothing() -> None:
+    acts, labels = synthetic(200, honesty=0, label=0)
+    found = layer_accuracy(acts[:, :, None], labels)
+    held_out = found[found.split == "held-out"]
+    assert held_out.accuracy.between(0.36, 0.64).all(), held_out.to_string()
+    assert found[(found.split == "train") & (found.recipe == "logistic")].accuracy.item() > 0.6
+    table = component_table(acts, labels)
+    assert table.auc.between(0.38, 0.62).all(), table.to_string()
+    explained = components(acts, 3)[1]
+    assert explained[0] < 2.5 * explained[2]
+
+
+def test_planted_direction_is_found_and_controls_are_not() -> None:
+    acts, labels = synthetic(120)
+    none = synthetic(120, honesty=0, label=0)[0]
+    both = torch.stack([none, acts], 2)[:, :, :, None]  # [pair, 2, layer, position, d_model]
+    table = layer_accuracy(both, labels, layers=[3, 9]).set_index(["layer", "recipe", "split"])
+    for recipe in ("mean", "pc2", "logistic", "mass-mean"):
+        assert table.accuracy[9, recipe, "held-out"] > 0.9, recipe
+        assert table.accuracy[3, recipe, "held-out"] < 0.65, recipe
+    assert table.accuracy[9, "pc1", "held-out"] < 0.65  # the label
+    for split in ("train", "held-out"):
+        assert 0.4 < table.accuracy[9, "shuffled", split] < 0.6
+        assert table.accuracy[9, "random", split] < 0.7
+        assert table.high[9, "random", split] < 0.95
+    assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
+    assert set(table.n) == {120}
+    again = layer_accuracy(both, labels, layers=[3, 9]).set_index(table.index.names)
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_mean_is_not_the_label_although_folds_are_uneven() -> None:
+    """One pair too many would turn the mean difference into the label, here 50 times as large."""
+    acts, labels = synthetic(66, honesty=0.5, label=25, noise=0.02)
+    labels["pair"] = labels.id  # without twins, folds need not be balanced
+    table = layer_accuracy(acts[:, :, None], labels, recipes=["mean"], n_controls=2)
+    assert table[table.recipe == "mean"].accuracy.min() > 0.95
+
+
+def test_twins_are_never_torn_apart() -> None:
+    """Pairs that share a random direction with their twin only: nothing is to be learned."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(60, 400, generator=generator).repeat_interleave(2, 0)
+    acts = torch.stack([shared, -shared], 1)[:, :, None]
+    _, labels = synthetic(120)
+    table = layer_accuracy(acts, labels, recipes=["mean", "logistic"], n_controls=2)
+    table = table.set_index(["recipe", "split"])
+    assert table.accuracy["mean", "train"] == 1.0
+    assert table.accuracy["mean", "held-out"] < 0.65
+    torn = labels.assign(pair=labels.id)
+    leaked = layer_accuracy(acts, torn, recipes=["mean"], n_controls=2)
+    assert leaked[(leaked.recipe == "mean") & (leaked.split == "held-out")].accuracy.item() > 0.7
+
+
+def test_equal_activations_are_chance() -> None:
+    acts, labels = synthetic(40)
+    acts[:, 1] = acts[:, 0]
+    table = layer_accuracy(acts[:, :, None], labels)
+    assert (table.accuracy == 0.5).all()
+
+
+def test_mass_mean_is_the_shrunk_closed_form() -> None:
+    from sklearn.covariance import ledoit_wolf
+
+    acts, _ = synthetic(50)
+    x = acts.double()
+    within = (x - x.mean(0)).reshape(-1, D).numpy()
+    covariance, _ = ledoit_wolf(within, assume_centered=True)
+    wanted = np.linalg.solve(covariance, (x.mean(0)[0] - x.mean(0)[1]).numpy())
+    found = fit(acts, "mass-mean")["mass-mean"].double().numpy()
+    assert np.allclose(found, wanted / np.linalg.norm(wanted), atol=1e-5)
+
+
+def test_fit_gives_unit_directions_to_the_first_prompts() -> None:
+    acts, _ = synthetic(60)
+    for name, v in fit(acts, ["mean", "pc1", "pc3", "logistic", "mass-mean"]).items():
+        assert v.dtype == torch.float32 and abs(v.norm() - 1) < 1e-5
+        assert (acts[:, 0] - acts[:, 1]).mean(0) @ v >= 0, name
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda a, x: fit(a, "median"), "'median' is unknown: use mean"),
+        (lambda a, x: fit(a, ["pc1", "pc0"]), "'pc0' is unknown"),
+        (lambda a, x: fit(a, "pc99"), "99 components cannot be had from 20 pairs"),
+        (lambda a, x: components(a, 2, of="sums"), "use differences or raw"),
+        (lambda a, x: layer_accuracy(a, x), r"\[20, 2, 24\] do not fit"),
+        (lambda a, x: layer_accuracy(a[:9, :, None], x), "for 40 labels"),
+        (lambda a, x: layer_accuracy(a[:, :, None], x, folds=11), "11 folds need at least"),
+        (lambda a, x: layer_accuracy(a[:, :, None], x, layers=[1, 2]), "2 layers are named"),
+        (lambda a, x: component_table(a, x[::-1]), "before its dishonest one"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(*synthetic(20))  # type: ignore[operator]
