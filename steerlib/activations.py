@@ -104,6 +104,11 @@ def input_device(model: TransformerBridge) -> torch.device:
     return model.original_model.get_input_embeddings().weight.device
 
 
+def no_logits(device: torch.device) -> torch.Tensor:
+    """As ``logits_to_keep``: the unembedding is not wanted."""
+    return torch.empty(0, dtype=torch.long, device=device)
+
+
 def capture(
     model: TransformerBridge,
     prompts: str | Sequence[str],
@@ -263,7 +268,7 @@ def _capture_batch(
     """
     device, pad = input_device(model), pad_id(model)
     stop = max(layers) + 1
-    run: dict[str, Any] = {"return_type": "logits", "logits_to_keep": 1}
+    run: dict[str, Any] = {"return_type": "logits", "logits_to_keep": no_logits(device)}
     if stop < model.cfg.n_layers:
         run["stop_at_layer"] = stop
     cache = new_cache(model)

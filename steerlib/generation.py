@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .activations import encode, input_device, new_cache, pad_id, pad_left
+from .activations import encode, input_device, no_logits, pad_id, pad_left
 from .interventions import Condition, Intervention, Steering, first_position, interventions
+from .kernels import native_attention, roomy_cache
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Stop = str | Sequence[str] | Callable[[str], bool] | None
 Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
+_ROWS_SAMPLED = 64  # at once
 
 
 @dataclass
@@ -128,7 +130,7 @@ def first_logits(
     for begin in range(0, len(rows), size):
         batch = rows[begin : begin + size]
         with torch.no_grad():
-            yield batch, prefill(model, batch)[0]
+            yield batch, prefill(model, batch, 0)[0]
 
 
 def decode(
@@ -161,10 +163,11 @@ def decode(
             if not use_cache:
                 logits = _forward(model, steering, lengths, history, mask, None)
             elif cache is None:
-                logits, cache = prefill(model, live, watch)
+                logits, cache = prefill(model, live, sampling.max_new_tokens, watch)
             else:
                 seen_by = watch and partial(watch, numbers)
-                logits = _forward(model, steering, lengths, tokens, mask, cache, seen_by)
+                with native_attention(model):
+                    logits = _forward(model, steering, lengths, tokens, mask, cache, seen_by)
             draws = torch.tensor([r.draws[step] for r in live], device=device)
             chosen = sample(logits, draws, sampling, history, seen)
         keep = _advance(model, live, chosen.tolist(), ends, stop)
@@ -173,6 +176,10 @@ def decode(
         if not keep:
             return
         if finished:
+            # The last rows take the places that fell vacant, so that few rows have to move.
+            left = {i: i for i in keep if i < len(keep)}
+            late = iter(i for i in keep if i >= len(keep))
+            keep = [left[i] if i in left else next(late) for i in range(len(keep))]
             index = torch.tensor(keep, device=device)
             live, numbers = [live[i] for i in keep], [numbers[i] for i in keep]
             steering.select(keep)
@@ -194,6 +201,7 @@ def _forward(
     mask: torch.Tensor,
     cache: Any,
     watch: Callable[[list[int], int], list[tuple[str, Any]]] | None = None,
+    keep: int | torch.Tensor = 1,
 ) -> torch.Tensor:
     """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
 
@@ -203,13 +211,14 @@ def _forward(
     steering.window(start, tokens.shape[1])
     past = {} if cache is None else {"past_key_values": cache}
     with steering.hooks(watch(start, tokens.shape[1]) if watch else []):
-        return model.forward(tokens, attention_mask=mask, logits_to_keep=1, **past)[:, -1]
+        logits = model.forward(tokens, attention_mask=mask, logits_to_keep=keep, **past)
+    return logits[:, -1] if logits.shape[1] else logits
 
 
 def prefill(
-    model: TransformerBridge, rows: Sequence[Row], watch: Watch | None = None
+    model: TransformerBridge, rows: Sequence[Row], room: int, watch: Watch | None = None
 ) -> tuple[torch.Tensor, Any]:
-    """Run the prompts, doing once what rows have in common.
+    """Run the prompts, doing once what rows have in common; then there is room for more tokens.
 
     Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
     """
@@ -220,15 +229,15 @@ def prefill(
         [(r.prompt, -1 if free else r.condition) for r, free in zip(rows, untouched, strict=True)]
     )
     lasts, row_to_last = _distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
-    cache = new_cache(model)
     tokens, mask = pad_left([rows[i].prompt_ids for i in heads], pad_id(model), device)
+    cache = roomy_cache(model, len(rows), mask.shape[1] + room)
     if mask.shape[1] > 1:
         lengths = [len(rows[i].prompt_ids) for i in heads]
         steering = Steering(model, [[] if untouched[i] else rows[i].acts for i in heads], lengths)
         ahead = [n - 1 for n in lengths]
         _forward(
             model, steering, ahead, tokens[:, :-1], mask[:, :-1], cache,
-            watch and partial(watch, heads),
+            watch and partial(watch, heads), keep=no_logits(device),
         )  # fmt: skip
         index = torch.tensor([last_to_head[i] for i in lasts], device=device)
         cache.batch_select_indices(index)
@@ -245,7 +254,7 @@ def prefill(
 def _distinct(keys: Sequence[Any]) -> tuple[list[int], list[int]]:
     """Index of the first of each distinct key, and for every key the place among these."""
     places: dict[Any, int] = {}
-    first = []
+    first: list[int] = []
     for i, key in enumerate(keys):
         if key not in places:
             places[key] = len(first)
@@ -269,7 +278,22 @@ def sample(
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scores = logits.float() / sampling.temperature
+    # A few rows at a time, so that their scores stay in the processor's cache throughout.
+    size = _ROWS_SAMPLED if logits.device.type == "cpu" else len(logits)
+    parts: Any = zip(*(x.split(size) for x in (logits, draws, history, seen)), strict=True)
+    return torch.cat([_sample(*part, sampling) for part in parts])
+
+
+def _sample(
+    logits: torch.Tensor,
+    draws: torch.Tensor,
+    history: torch.Tensor,
+    seen: torch.Tensor,
+    sampling: Sampling,
+) -> torch.Tensor:
+    scores = logits.float()
+    if sampling.temperature != 1:
+        scores = scores / sampling.temperature
     if sampling.frequency_penalty:
         scores = scores.scatter_add(1, history, -sampling.frequency_penalty * seen.to(scores.dtype))
     # The nucleus nearly always lies within the best few; sorting all of the vocabulary would take

@@ -153,12 +153,12 @@ def _parallel(backend: str | None) -> Any:
     import joblib
 
     active, n_jobs = joblib.parallel.get_active_backend()
-    if backend is None and (n_jobs is None or n_jobs == 1):
-        return None
-    config = {} if backend is None else {"backend": backend}
-    if backend is not None and n_jobs in (None, 1):
-        config["n_jobs"] = -1  # type: ignore[assignment]
-    if backend == "threading" or (backend is None and active.uses_threads):
+    config: dict[str, Any] = {}
+    if backend is not None:
+        config = {"backend": backend} | ({"n_jobs": -1} if n_jobs in (None, 1) else {})
+    elif (active.default_n_jobs if n_jobs is None else n_jobs) == 1:
+        return None  # nothing is configured; a cluster's own default is all of its workers
+    if backend == "threading" or (backend is None and getattr(active, "uses_threads", False)):
         raise ValueError(
             "Threads cannot share a model's hooks: use a backend of processes (loky, dask)."
         )

@@ -60,11 +60,12 @@ def test_greedy_equals_a_hand_written_loop(tiny: Any, architecture: str, at: Any
     prompt = PROMPTS[1]
     ids = sl.encode(model, prompt)
     n = len(ids)
-    where = {
+    named = {
         "generated": list(range(n - 1, n + 9)),
         "all": list(range(n + 9)),
         "front": [0],
-    }.get(at if isinstance(at, str) else "", [p % n if at == [-1] else p for p in at] if isinstance(at, list) else [])  # fmt: skip
+    }
+    where = named[at] if isinstance(at, str) else [p + n if p < 0 else p for p in at]
     edits = [(2, "resid_pre", adding(v.layers[2], where))]
     new: list[int] = []
     while len(new) < 9:
@@ -268,7 +269,11 @@ def test_bad_input_gets_a_sentence(tiny: Any, arguments: dict[str, Any], words: 
 
 place = st.sampled_from(PLACES)
 intervention = st.tuples(
-    st.sampled_from(["add", "ablate"]), st.integers(0, 3), place, st.floats(-3, 3), st.integers(0, 5)
+    st.sampled_from(["add", "ablate"]),
+    st.integers(0, 3),
+    place,
+    st.floats(-3, 3),
+    st.integers(0, 5),
 )
 condition = st.lists(intervention, max_size=3)
 

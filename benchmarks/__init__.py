@@ -1,0 +1,1 @@
+"""How fast steerlib is, beside other packages and beside what the machine can do."""

@@ -1,0 +1,459 @@
+"""`make bench`: measure, print one table, write results.json, README.md's table and growth.png.
+
+Ours and the peer's runs alternate in one process, and medians are compared. ``--quick`` measures
+everything once, with less work, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from tqdm import tqdm
+
+import steerlib as sl
+from steerlib import generation
+
+from .peers import Repeng, SteeringVectors
+
+HERE = Path(__file__).parent
+MODEL = "smollm2-135m"
+BEGIN, END = "<!-- table: written by make bench -->", "<!-- end of table -->"
+
+
+@dataclass
+class Line:
+    """One line of the table: times in seconds, or another unit where it says so."""
+
+    line: str
+    what: str
+    ours: float
+    peer: float | None = None
+    target: str = ""
+    met: bool | None = None
+    unit: str = "s"
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.peer is None else self.peer / self.ours
+
+
+def compare(rounds: int, *runs: Callable[[], Any]) -> list[float]:
+    """Median seconds of each of ``runs``, taken in turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for taken, run in zip(times, runs, strict=True):
+            begin = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - begin)
+    return [statistics.median(taken) for taken in times]
+
+
+class Peak:
+    """``with Peak() as peak``: by how many MB the process grew inside the block."""
+
+    def __enter__(self) -> Peak:
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.before = self.most = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.01):
+            self.most = max(self.most, self.process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.megabytes = (self.most - self.before) / 1e6
+
+
+@contextmanager
+def endless() -> Iterator[None]:
+    """No token ends a text, so that every run decodes the same number of tokens."""
+    with mock.patch.object(generation, "end_tokens", lambda model: set()):
+        yield
+
+
+class Bench:
+    """The nine lines. Each method gives some of them."""
+
+    def __init__(self, quick: bool):
+        self.quick = quick
+        self.rounds = 1 if quick else 5
+        self.model = sl.load_model(MODEL, dtype="float32", device="cpu")
+        self.folder = self.model.tokenizer.name_or_path
+        self.theirs = {
+            "steering-vectors": SteeringVectors(self.folder),
+            "repeng": Repeng(self.folder),
+        }
+        prompts = sl.datasets.load("prompts").query("set == 'fractions'").prompt
+        self.prompts = list(prompts[:6])
+        claims = sl.datasets.load("claims").claim[: 20 if quick else 200]
+        self.questions = [f"{c}\n(A) True (B) False Answer: (" for c in claims]
+        self.pairs = [(q + "A", q + "B") for q in self.questions]
+        self.vector = 4 * sl.SteeringVector.from_prompts(self.model, " wedding", " ", layer=3)
+        self.direction = sl.SteeringVector(
+            {3: self.vector.layers[3][-1:]}, site="resid_pre", at="generated"
+        )
+        self.memory: dict[str, float] = {}
+        self.speed: dict[int, float] = {}  # tokens/s by batch
+
+    def ours(self, conditions: Any, n_samples: int, n_tokens: int, prompts: Any = None) -> Any:
+        prompts = self.prompts if prompts is None else prompts
+        return sl.generate(self.model, prompts, conditions, n_samples, n_tokens, progress=False)
+
+    def sweep(self) -> Iterator[Line]:
+        """1, 2 and part of 8: a whole sweep against loops over its conditions."""
+        n_tokens, part = (8, 1) if self.quick else (40, 2)
+        fractions = [i / 10 for i in range(11)]
+        named = {str(f): self.vector.truncate(f) if f else None for f in fractions}
+        flat = [(3, self.direction.truncate(f).layers[3][0]) for f in fractions]
+        tables: list[Any] = []
+
+        def ours() -> None:
+            with Peak() as peak:
+                tables.append(self.ours(named, 10, n_tokens))
+            self.memory["sweep"] = peak.megabytes
+
+        def loop(name: str) -> Callable[[], None]:
+            turns = iter(range(0, 1000, part))
+
+            def run() -> None:
+                # A few conditions in every round, others each time: all cost the same.
+                first = next(turns)
+                chosen = [flat[(first + i) % len(flat)] for i in range(part)]
+                with Peak() as peak:
+                    self.theirs[name].sweep(chosen, self.prompts, 10, n_tokens)
+                self.memory[f"sweep {name}"] = peak.megabytes
+
+            return run
+
+        times = compare(self.rounds, ours, *map(loop, self.theirs))
+        tokens = statistics.median(int((t.n_tokens + t.stopped).sum()) for t in tables)
+        self.speed[len(tables[0])] = tokens / times[0]
+        scale = len(flat) / part
+        for i, name in enumerate(self.theirs, start=1):
+            yield Line(
+                str(i),
+                f"sweep of {len(named)} conditions x 6 prompts x 10 samples x {n_tokens} "
+                f"tokens vs a loop with {name}",
+                times[0],
+                times[i] * scale,
+                ">= 4x",
+                note=f"peer: {part} of {len(flat)} conditions a round, times {scale:g}",
+            )
+
+    def steered(self) -> Iterator[Line]:
+        """3: what steering costs."""
+        n = 4 if self.quick else 20
+        with endless():
+            free, steered = compare(
+                self.rounds,
+                lambda: self.ours({"x": None}, 100, n, self.prompts[0]),
+                lambda: self.ours({"x": self.direction}, 100, n, self.prompts[0]),
+            )
+        yield Line(
+            "3", f"steered at every token vs unsteered (as peer), batch 100, {n} tokens", steered,
+            free, "<= 1.05x the time", steered <= 1.05 * free,
+        )  # fmt: skip
+
+    def bridge(self) -> Iterator[Line]:
+        """4: our loop against TransformerLens' own."""
+        for batch, n in ((1, 8), (100, 4)) if self.quick else ((1, 40), (100, 20)):
+
+            def theirs(batch: int = batch, n: int = n) -> None:
+                self.model.generate(
+                    [self.prompts[0]] * batch,
+                    max_new_tokens=n,
+                    stop_at_eos=False,
+                    top_p=0.3,
+                    freq_penalty=1.0,
+                    verbose=False,
+                    return_type="tokens",
+                )
+
+            def ours(batch: int = batch, n: int = n) -> None:
+                self.ours({"x": None}, batch, n, self.prompts[0])
+
+            with endless():
+                mine, peer = compare(self.rounds, ours, theirs)
+            self.speed[batch] = batch * n / mine
+            yield Line(
+                "4",
+                f"unsteered vs TransformerBridge.generate, batch {batch}, {n} tokens",
+                mine,
+                peer,
+                "not slower",
+                mine <= peer,
+            )
+
+    def contrast(self) -> Iterator[Line]:
+        """5 and part of 8: activations of contrast pairs."""
+
+        def ours() -> None:
+            with Peak() as peak:
+                sl.capture_pairs(self.model, self.questions, ["A", "B"])
+            self.memory["pairs"] = peak.megabytes
+
+        best = {}
+        few = self.pairs[:40]
+        for name, peer in self.theirs.items():
+            sizes = {n: compare(1, lambda p=peer, n=n: p.read(few, n))[0] for n in (4, 16, 40)}
+            best[name] = min(sizes, key=sizes.__getitem__)
+
+        def reading(name: str) -> Callable[[], None]:
+            def run() -> None:
+                with Peak() as peak:
+                    self.theirs[name].read(self.pairs, best[name])
+                self.memory[f"pairs {name}"] = peak.megabytes
+
+            return run
+
+        times = compare(self.rounds, ours, *map(reading, self.theirs))
+        for i, name in enumerate(self.theirs, start=1):
+            yield Line(
+                "5",
+                f"{len(self.pairs)} two-choice pairs, all layers, one position vs " + name,
+                times[0],
+                times[i],
+                ">= 2.5x",
+                note=f"peer: best batch size {best[name]}",
+            )
+
+    def answers(self) -> Iterator[Line]:
+        """6: answer probabilities against generated answers."""
+        n, n_tokens = (4, 4) if self.quick else (40, 30)
+        named = {str(c): sl.Add(self.direction, "generated", c / 10) for c in range(1, n + 1)}
+        mine, peer = compare(
+            1,
+            lambda: sl.choice_probabilities(self.model, self.questions, ["A", "B"], named),
+            lambda: self.theirs["steering-vectors"].sweep(
+                [(3, self.direction.layers[3][0])], self.questions, 1, n_tokens
+            ),
+        )
+        yield Line(
+            "6",
+            f"answers to {len(self.questions)} prompts x {n} conditions vs generating "
+            f"{n_tokens} tokens each with steering-vectors",
+            mine,
+            n * peer,
+            "report",
+            note=f"one run; peer: one condition, times {n}",
+        )
+
+    def cold_start(self) -> Iterator[Line]:
+        """7: a new process until the model is ready."""
+        mine = f"import steerlib as sl; sl.load_model({MODEL!r}, dtype='float32', device='cpu')"
+        peer = (
+            "import torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f"f = {self.folder!r}; M.from_pretrained(f, dtype=torch.float32); T.from_pretrained(f)"
+        )
+
+        def start(code: str) -> Callable[[], Any]:
+            return lambda: subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, cwd=HERE.parent
+            )
+
+        ours, theirs = compare(self.rounds, start(mine), start(peer))
+        yield Line(
+            "7",
+            "cold start: import and load from a warm cache vs transformers alone",
+            ours,
+            theirs,
+            "<= 1.5x the time, < 6 s",
+            ours <= min(1.5 * theirs, 6),
+        )
+
+    def peaks(self) -> Iterator[Line]:
+        """8: memory on top of the loaded models, seen during 1 and 5."""
+        for what in ("sweep", "pairs"):
+            for name in self.theirs:
+                line = "1" if what == "sweep" else "5"
+                yield Line(
+                    "8",
+                    f"peak memory of {line} vs {name}",
+                    self.memory[what],
+                    self.memory[f"{what} {name}"],
+                    "report",
+                    unit="MB",
+                )
+
+    def limits(self) -> Iterator[Line]:
+        """9: tokens/s against what the machine allows. Here "ours" is what was reached."""
+        a, w = torch.randn(512, 2048), torch.randn(2048, 2048)
+        flops = 2 * 512 * 2048 * 2048 / min(compare(1, lambda: a @ w.T)[0] for _ in range(20))
+        big = torch.ones(128_000_000)
+        bandwidth = big.nbytes / min(compare(1, big.sum)[0] for _ in range(5))
+        weights = sum({id(p): p.numel() for p in self.model.original_model.parameters()}.values())
+        for batch, speed in sorted(self.speed.items()):
+            limit = bandwidth / (4 * weights) if batch == 1 else flops / (2 * weights)
+            why = (
+                f"{bandwidth / 1e9:.0f} GB/s / {4 * weights / 1e6:.0f} MB of weights"
+                if batch == 1
+                else f"{flops / 1e9:.0f} GFLOP/s / (2 x {weights / 1e6:.0f} M parameters)"
+            )
+            yield Line(
+                "9",
+                f"tokens/s at batch {batch} vs the machine's limit",
+                speed,
+                limit,
+                "report",
+                unit="tok/s",
+                note=f"limit: {why}; reached {speed / limit:.0%}",
+            )
+
+    def growth(self, path: Path) -> dict[str, Any]:
+        """How time grows with conditions, samples and prompt length."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        n, peer, layer = (2 if self.quick else 10), self.theirs["steering-vectors"], 3
+        vector, words = self.direction.layers[layer][0], "the old bridge over the river " * 100
+        tokens = sl.encode(self.model, words)
+        lengths = {k: self.model.tokenizer.decode(tokens[: k - 1]) for k in (8, 32, 128, 256)}
+        one = {"x": self.direction}
+
+        def many(k: int) -> dict[str, Any]:
+            return {str(c): sl.Add(self.direction, coefficient=c / k) for c in range(1, k + 1)}
+
+        prompt = self.prompts[0]
+        panels: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = {
+            "conditions (10 samples each)": (
+                (1, 2, 4, 8, 16),
+                lambda k: self.ours(many(k), 10, n, prompt),
+                lambda k: peer.sweep([(layer, vector)] * k, [prompt], 10, n),
+            ),
+            "samples (one condition)": (
+                (1, 8, 32, 128),
+                lambda k: self.ours(one, k, n, prompt),
+                lambda k: peer.sweep([(layer, vector)], [prompt], k, n),
+            ),
+            "prompt length in tokens (10 samples)": (
+                tuple(lengths),
+                lambda k: self.ours(one, 10, n, lengths[k]),
+                lambda k: peer.sweep([(layer, vector)], [lengths[k]], 10, n),
+            ),
+        }
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+        found: dict[str, Any] = {}
+        with endless():
+            for ax, (name, (sizes, ours, theirs)) in zip(axes, panels.items(), strict=True):
+                times = [
+                    compare(min(self.rounds, 2), partial(ours, k), partial(theirs, k))
+                    for k in sizes
+                ]
+                mine, peers = zip(*times, strict=True)
+                ax.plot(sizes, mine, "o-", label="steerlib")
+                ax.plot(sizes, peers, "s--", label="loop with steering-vectors")
+                ax.set(xlabel=name, ylabel=f"seconds for {n} tokens", xscale="log", ylim=(0, None))
+                ax.set_xticks(sizes, [str(k) for k in sizes], minor=False)
+                ax.minorticks_off()
+                found[name] = {"sizes": sizes, "steerlib": mine, "steering-vectors": peers}
+        axes[0].legend(frameon=False)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+        return found
+
+
+def machine() -> str:
+    """The machine in words, without names that identify it."""
+    memory = psutil.virtual_memory().total / 1e9
+    kind = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        rows = [row for row in cpuinfo.read_text().splitlines() if row.startswith("model name")]
+        kind = rows[0].split(":")[1].strip() if rows else kind
+    return (
+        f"{kind}, {torch.get_num_threads()} threads, {memory:.0f} GB memory; Python "
+        f"{platform.python_version()}, torch {torch.__version__.split('+')[0]}"
+    )
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown."""
+    rows = [
+        "| line | what | ours | peer | ratio | target | met | note |",
+        "|---|---|--:|--:|--:|---|---|---|",
+    ]
+    for x in lines:
+        if x.met is None and x.target.startswith(">=") and x.ratio is not None:
+            x.met = x.ratio >= float(x.target.strip(">= x"))
+        number = "{:.0f}" if x.unit == "MB" else "{:.1f}" if x.unit == "tok/s" else "{:.2f}"
+        cells = [
+            x.line,
+            x.what,
+            f"{number.format(x.ours)} {x.unit}",
+            "" if x.peer is None else f"{number.format(x.peer)} {x.unit}",
+            "" if x.ratio is None else f"{x.ratio:.2f}",
+            x.target,
+            {True: "yes", False: "no", None: ""}[x.met],
+            x.note,
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round of less work: does it run?")
+    parser.add_argument("--only", nargs="*", help="names of lines, such as sweep or contrast")
+    parser.add_argument("--output", type=Path, help="folder for what is written (default: here)")
+    arguments = parser.parse_args()
+    begin, bench, lines = time.time(), Bench(arguments.quick), []
+    tqdm.__init__ = _silent(tqdm.__init__)  # type: ignore[method-assign]
+    names = "sweep steered bridge contrast answers cold_start peaks limits".split()
+    chosen = arguments.only or [*names, "growth"]
+    for name in [n for n in names if n in chosen]:
+        for line in getattr(bench, name)():
+            lines.append(line)
+            print(table([line]).splitlines()[-1], flush=True)
+    rounds = f"{bench.rounds} alternating run{'s' * (bench.rounds > 1)}"
+    heading = f"{MODEL}, float32; {machine()}. Medians of {rounds}; ratio = peer / ours."
+    print(f"\n{heading}\n\n{table(lines)}\n\n{time.time() - begin:.0f} s in all")
+    output = arguments.output or (HERE if not arguments.quick and not arguments.only else None)
+    if output is None:
+        return  # a part, or a quick look, does not replace the real numbers
+    output.mkdir(parents=True, exist_ok=True)
+    grown = bench.growth(output / "growth.png") if "growth" in chosen else {}
+    results = {
+        "setting": heading,
+        "lines": [asdict(x) | {"ratio": x.ratio} for x in lines],
+        "growth": grown,
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    (output / "README.md").write_text(f"{head}{BEGIN}\n{heading}\n\n{table(lines)}\n{END}{tail}")
+
+
+def _silent(original: Any) -> Any:
+    """The peers' progress bars are hushed: they would end up in the table."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "disable": True})
+
+    return init
+
+
+if __name__ == "__main__":
+    main()
