@@ -281,7 +281,7 @@ def sample(
     # A few rows at a time, so that their scores stay in the processor's cache throughout.
     size = _ROWS_SAMPLED if logits.device.type == "cpu" else len(logits)
     parts: Any = zip(*(x.split(size) for x in (logits, draws, history, seen)), strict=True)
-    return torch.cat([_sample(*part, sampling) for part in parts])
+    return torch.cat([_sample(*part, sampling=sampling) for part in parts])
 
 
 def _sample(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 
 PALETTE = ["#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 COLOURS = {"unsteered": "#000000", "steered": "#D55E00", "random": "#0072B2"}
+GAIN, LOSS = "#009E73", "#D55E00"  # a token's probability went up, or down
 STYLE: dict[str, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.grid": True,
     "grid.alpha": 0.3,
     "figure.constrained_layout.use": True,
@@ -144,9 +146,82 @@ def dots(
             )  # fmt: skip
         ax.set_yticks(range(len(labels)), labels)
         ax.invert_yaxis()
-        ax.set(xlabel=xlabel, title=title)
+        ax.set(xlabel=xlabel)
         ax.legend(loc="best")
+        figure.suptitle(title, fontsize=STYLE["axes.titlesize"])  # long labels push the axes aside
         return figure
+
+
+def shift_scatter(
+    frame: pd.DataFrame,
+    *,
+    title: str = "",
+    floor: float = 1e-4,
+    label: int = 16,
+    ax: Axes | None = None,
+) -> Figure:
+    """Next-token probabilities before and after, with the no-change line and tokens named.
+
+    Args:
+        frame: as `scoring.next_token_shift` returns it.
+        floor: tokens that are rarer both before and after are not shown.
+        label: how many tokens to name: half of them the likeliest, half those that make up most
+            of the divergence, in either direction.
+
+    Source: first document, "Token probability shifts".
+    """
+    floor = min(floor, float(frame[["p_before", "p_after"]].to_numpy().max()) / 10)
+    shown = frame[(frame.p_before > floor) | (frame.p_after > floor)]
+    likely = shown[["p_before", "p_after"]].max(axis=1).nlargest(label - label // 2).index
+    rest = shown.drop(likely)
+    moving = rest.kl_contribution.abs().nlargest(label // 2).index
+    gains = shown.p_after > shown.p_before
+    with plt.rc_context(STYLE):
+        if ax is None:
+            _, ax = plt.subplots(figsize=(7, 6))
+        for mask, colour, mark, name in (
+            (gains, GAIN, "^", "more likely"),
+            (~gains, LOSS, "v", "less likely"),
+        ):
+            ax.scatter(
+                shown.p_before[mask], shown.p_after[mask], s=18, marker=mark, color=colour,
+                alpha=0.6, label=name, linewidths=0,
+            )  # fmt: skip
+        ends = [floor / 10, 1]
+        ax.plot(ends, ends, color="#000000", linewidth=1, label="no change")
+        low = max(float(shown[["p_before", "p_after"]].to_numpy().min()), floor / 10)
+        ax.set(
+            xscale="log", yscale="log", xlim=(low / 2, 1), ylim=(low / 2, 1),
+            xlabel="probability before", ylabel="probability after", title=title,
+        )  # fmt: skip
+        named = shown.loc[[*likely, *moving]].sort_values("p_after", ascending=False)
+        taken: list[tuple[float, float]] = []
+        for row in named.itertuples():  # from the top down; a label that would hide one moves down
+            up = row.p_after > row.p_before
+            x, y = ax.transData.transform((row.p_before, row.p_after)) * 72 / ax.figure.dpi
+            left, place = x - 70 if up else x + 14, y + (8 if up else -8)
+            while any(abs(left - a) < 62 and abs(place - b) < 11 for a, b in taken):
+                place -= 3
+            taken.append((left, place))
+            ax.annotate(
+                _visible(row.token),
+                (row.p_before, row.p_after),
+                xytext=(-14 if up else 14, place - y),
+                textcoords="offset points",
+                ha="right" if up else "left",
+                va="center",
+                fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6},
+            )
+        ax.legend(loc="lower right")
+        return ax.get_figure()  # type: ignore[return-value]
+
+
+def _visible(token: str) -> str:
+    """A token with its spaces and line breaks made visible, and no mathematics in it."""
+    for old, new in ((" ", "␣"), ("\n", "⏎"), ("\t", "⇥"), ("$", r"\$")):
+        token = token.replace(old, new)
+    return token
 
 
 # ---------------------------------------------------------------- text
@@ -178,9 +253,10 @@ def side_by_side(
     return HTML(f"<table style='{width}'>{rows}</table>")
 
 
-def _cell(prompt: str, completion: str) -> str:
+def _cell(prompt: Any, completion: Any) -> str:
     style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
-    return f"<td style='{style}'><b>{html.escape(prompt)}</b>{html.escape(completion)}</td>"
+    text = f"<b>{html.escape(str(prompt))}</b>{html.escape(str(completion))}"
+    return f"<td style='{style}'>{text}</td>"
 
 
 def alignment(table: pd.DataFrame) -> HTML:
@@ -190,6 +266,98 @@ def alignment(table: pd.DataFrame) -> HTML:
     shown = table.map(lambda cell: html.escape(str(cell)).replace(" ", "␣") if cell else "")
     shown[["layer", "coefficient"]] = table[["layer", "coefficient"]]
     return HTML(shown.to_html(index=False, escape=False))
+
+
+def token_heatmap(frame: pd.DataFrame, limit: float = 3.0) -> HTML:
+    """Texts whose tokens are coloured by the change of their log-probability, with a legend.
+
+    Args:
+        frame: as `scoring.token_changes` returns it; one line per text.
+        limit: the change, in nats, that gets the full colour; 3 is about twentyfold.
+
+    Green is up and red down, as in the source; red tokens are underlined besides, for readers to
+    whom the colours look alike. Hover a token for its numbers. All text is escaped.
+
+    Source: first document, "Visualizing token probability changes across a corpus".
+    """
+    from IPython.display import HTML
+
+    steps = np.linspace(-limit, limit, 7)
+    legend = "".join(_chip(f" ×{np.exp(step):.2g} ", step, limit, "") for step in steps)
+    parts = [f"<p>probability after / before: {legend} <i>not scored</i></p>"]
+    for _, tokens in frame.groupby("text", sort=False):
+        chips = []
+        for row in tokens.itertuples():
+            note = f"{row.change:+.2f} nats: {np.exp(row.before):.2g} to {np.exp(row.after):.2g}"
+            chips.append(_chip(row.token, row.change, limit, note))
+        parts.append(f"<p style='white-space:pre-wrap;line-height:1.7'>{''.join(chips)}</p>")
+    return HTML(f"<div style='max-width:60em'>{''.join(parts)}</div>")
+
+
+def _chip(token: str, change: float, limit: float, note: str) -> str:
+    if np.isnan(change):
+        return f"<i>{html.escape(token)}</i>"
+    style = f"background:{_shade(change, limit)};color:#000"
+    if change < -limit / 6:
+        style += ";text-decoration:underline"
+    return f"<span style='{style}' title='{note}'>{html.escape(token)}</span>"
+
+
+def _shade(change: float, limit: float) -> str:
+    """White for no change, towards `GAIN` or `LOSS` up to ``limit``."""
+    full = matplotlib.colors.to_rgb(GAIN if change > 0 else LOSS)
+    part = min(abs(change) / limit, 1.0)
+    return matplotlib.colors.to_hex([1 - part * (1 - c) for c in full])
+
+
+def token_heatmap_figure(
+    frame: pd.DataFrame, *, title: str = "", limit: float = 3.0, width: int = 120
+) -> Figure:
+    """`token_heatmap` as a figure, lines broken after ``width`` characters."""
+    lines: list[list[Any]] = []
+    for _, tokens in frame.groupby("text", sort=False):
+        line: list[Any] = []
+        for row in tokens.itertuples():
+            if line and sum(len(t.token) for t in line) + len(row.token) > width:
+                lines.append(line)
+                line = []
+            line.append(row)
+        lines += [line, []]
+    with plt.rc_context({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
+        height = 1.5 + 0.24 * len(lines)
+        figure, ax = plt.subplots(figsize=(10, height))
+        figure.subplots_adjust(0.01, 0.6 / height, 0.99, 1 - 0.5 / height)
+        ax.set(xlim=(0, width), ylim=(len(lines), 0))
+        ax.axis("off")
+        for y, line in enumerate(lines):
+            x = 0
+            for row in line:
+                scored = not np.isnan(row.change)
+                if scored:
+                    colour = _shade(row.change, limit)
+                    box = plt.Rectangle((x, y + 0.05), len(row.token), 0.9, color=colour, lw=0)
+                    ax.add_patch(box)
+                    if row.change < -limit / 6:
+                        ax.plot([x, x + len(row.token)], [y + 0.9, y + 0.9], color="#000", lw=0.7)
+                ax.text(
+                    x, y + 0.5, row.token.replace("$", r"\$").replace("\n", "⏎"), va="center",
+                    family="monospace", fontsize=9.2, style="normal" if scored else "italic",
+                    color="#000000" if scored else "#666666",
+                )  # fmt: skip
+                x += len(row.token)
+        colours = [_shade(c, limit) for c in np.linspace(-limit, limit, 101)]
+        scale = matplotlib.cm.ScalarMappable(
+            matplotlib.colors.Normalize(-limit, limit), matplotlib.colors.ListedColormap(colours)
+        )
+        ticks = np.linspace(-limit, limit, 7)
+        bar = figure.colorbar(
+            scale, ax=ax, orientation="horizontal", ticks=ticks, fraction=0.3 / (1.5 + len(lines)),
+            pad=0.02, aspect=60,
+        )  # fmt: skip
+        bar.ax.set_xticklabels([f"×{np.exp(t):.2g}" for t in ticks])
+        bar.set_label("probability of the token, after / before (underlined: down)")
+        figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
+        return figure
 
 
 # ---------------------------------------------------------------- files

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import html
 from typing import Any
 
+import pytest
 from conftest import n_hooks
 
 import steerlib as sl
@@ -26,8 +28,6 @@ def test_a_panel_shows_what_generate_gives_and_escapes_it(tiny: Any) -> None:
     vector = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=2)
     conditions = {"unsteered": None, "steered": 4 * vector}
     frame = sl.generate(model, PROMPT, conditions, 2, 5, progress=False)
-    import html
-
     assert all(html.escape(text) in shown for text in frame.completion)
 
 
@@ -76,6 +76,34 @@ def test_a_panel_takes_a_ready_vector(tiny: Any) -> None:
     direction = sl.SteeringVector.from_pairs(model, pairs, layers=[2])
     shown = SteeringPanel(model, "I went", vector=direction, coefficient=9, max_new_tokens=4)
     frame = sl.generate(model, "I went", {"s": 9 * direction}, 2, 4, progress=False)
-    import html
-
     assert all(html.escape(text) in shown.output.value for text in frame.completion)
+
+
+@pytest.mark.parametrize("at", ["front", "back", 3])
+def test_a_panel_with_a_place_acts_there(tiny: Any, at: str | int) -> None:
+    model, _ = tiny("llama")
+    p = panel(model, at=at)
+    vector = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=2)
+    k = vector.n_positions
+    place = list(range(at, at + k)) if isinstance(at, int) else at
+    frame = sl.generate(model, PROMPT, {"s": sl.Add(vector, place, 4)}, 2, 5, progress=False)
+    assert all(html.escape(text) in p.output.value for text in frame.completion)
+    assert p.position.disabled == isinstance(at, str)
+    p.at.value = "middle"
+    assert p.position.disabled and p.output.value == panel(model, at="middle").output.value
+    p.at.value, p.position.value = "position", 2
+    assert p.output.value == panel(model, at=2).output.value
+
+
+def test_a_panel_with_a_fraction_keeps_that_part(tiny: Any) -> None:
+    model, _ = tiny("llama")
+    p = panel(model, fraction=0.5)
+    part = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=2).truncate(0.5)
+    frame = sl.generate(model, PROMPT, {"s": 4 * part}, 2, 5, progress=False)
+    assert all(html.escape(text) in p.output.value for text in frame.completion)
+    p.which.value = "last"
+    last = panel(model, fraction=0.5)
+    last.which.value = "last"
+    assert p.output.value == last.output.value
+    p.fraction.value = 1.0
+    assert p.output.value == panel(model).output.value
