@@ -280,8 +280,10 @@ def sample(
         return logits.argmax(-1)
     # A few rows at a time, so that their scores stay in the processor's cache throughout.
     size = _ROWS_SAMPLED if logits.device.type == "cpu" else len(logits)
-    parts: Any = zip(*(x.split(size) for x in (logits, draws, history, seen)), strict=True)
-    return torch.cat([_sample(*part, sampling=sampling) for part in parts])
+    parts = zip(
+        logits.split(size), draws.split(size), history.split(size), seen.split(size), strict=True
+    )
+    return torch.cat([_sample(*part, sampling) for part in parts])
 
 
 def _sample(
