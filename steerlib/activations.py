@@ -104,9 +104,14 @@ def input_device(model: TransformerBridge) -> torch.device:
     return model.original_model.get_input_embeddings().weight.device
 
 
-def no_logits(device: torch.device) -> torch.Tensor:
-    """As ``logits_to_keep``: the unembedding is not wanted."""
-    return torch.empty(0, dtype=torch.long, device=device)
+def logits_at(tokens: torch.Tensor, *columns: int) -> torch.Tensor:
+    """As ``logits_to_keep``: the unembedding of these columns alone, of none if none are named.
+
+    Column numbers rather than a count: a count makes transformers unembed a strided view, which
+    falls into a slow kernel.
+    """
+    width = tokens.shape[1]
+    return torch.tensor([c % width for c in columns], dtype=torch.long, device=tokens.device)
 
 
 def capture(
@@ -267,12 +272,12 @@ def _capture_batch(
     ``[row, layer, position, d_model]``.
     """
     device, pad = input_device(model), pad_id(model)
+    mask = torch.zeros(1, 0, dtype=torch.long, device=device)
     stop = max(layers) + 1
-    run: dict[str, Any] = {"return_type": "logits", "logits_to_keep": no_logits(device)}
+    run: dict[str, Any] = {"return_type": "logits", "logits_to_keep": logits_at(mask)}
     if stop < model.cfg.n_layers:
         run["stop_at_layer"] = stop
     cache = new_cache(model)
-    mask = torch.zeros(1, 0, dtype=torch.long, device=device)
     stages = [  # (sequences to run, how often each row of the cache is repeated afterwards)
         ([rows[0][:header]], len(shared)),
         ([rows[i * endings][header:s] for i, s in enumerate(shared)], endings),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .activations import encode, input_device, no_logits, pad_id, pad_left
+from .activations import encode, input_device, logits_at, pad_id, pad_left
 from .interventions import Condition, Intervention, Steering, first_position, interventions
 from .kernels import native_attention, roomy_cache
 
@@ -201,18 +201,20 @@ def _forward(
     mask: torch.Tensor,
     cache: Any,
     watch: Callable[[list[int], int], list[tuple[str, Any]]] | None = None,
-    keep: int | torch.Tensor = 1,
+    wanted: bool = True,
 ) -> torch.Tensor:
     """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
 
-    ``tokens`` are their last columns, the ones that the cache does not hold yet.
+    ``tokens`` are their last columns, the ones that the cache does not hold yet. If the logits are
+    not ``wanted``, the pass only fills the cache.
     """
+    keep = logits_at(tokens, -1) if wanted else logits_at(tokens)
     start = [n - tokens.shape[1] for n in lengths]
     steering.window(start, tokens.shape[1])
     past = {} if cache is None else {"past_key_values": cache}
     with steering.hooks(watch(start, tokens.shape[1]) if watch else []):
         logits = model.forward(tokens, attention_mask=mask, logits_to_keep=keep, **past)
-    return logits[:, -1] if logits.shape[1] else logits
+    return logits[:, -1] if wanted else logits
 
 
 def prefill(
@@ -237,7 +239,7 @@ def prefill(
         ahead = [n - 1 for n in lengths]
         _forward(
             model, steering, ahead, tokens[:, :-1], mask[:, :-1], cache,
-            watch and partial(watch, heads), keep=no_logits(device),
+            watch and partial(watch, heads), wanted=False,
         )  # fmt: skip
         index = torch.tensor([last_to_head[i] for i in lasts], device=device)
         cache.batch_select_indices(index)

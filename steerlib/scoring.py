@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from .activations import capture, encode, input_device, pad_id, pad_left
+from .activations import capture, encode, input_device, logits_at, pad_id, pad_left
 from .interventions import Add, Condition, Intervention, Steering, first_position, interventions
 from .vectors import SteeringVector
 
@@ -105,7 +105,7 @@ def _forward(
         steering = Steering(model, [rows[r][1] for r in batch], [len(i) for i in ids])
         steering.window([len(i) - tokens.shape[1] for i in ids], tokens.shape[1])
         with torch.no_grad(), steering.hooks():
-            keep = {"logits_to_keep": 1} if last_only else {}
+            keep = {"logits_to_keep": logits_at(tokens, -1)} if last_only else {}
             logits = model.forward(tokens, attention_mask=mask, **keep)
         for r, i, row in zip(batch, ids, logits, strict=True):
             yield r, (row if last_only else row[-len(i) :]).float()
@@ -450,7 +450,8 @@ def _streams(model: TransformerBridge, ids: list[int], condition: Condition) -> 
     steering.window([0], len(ids))
     more = [(name, partial(read, name=name)) for name in names]
     with torch.no_grad(), steering.hooks(more):
-        model.forward(torch.tensor([ids], device=input_device(model)), logits_to_keep=1)
+        tokens = torch.tensor([ids], device=input_device(model))
+        model.forward(tokens, logits_to_keep=logits_at(tokens))
     return torch.stack([seen[name] for name in names])
 
 
