@@ -36,7 +36,8 @@ def test_smoke_run(path: Path, tmp_path: Path) -> None:
     outputs = [o for cell in executed.cells for o in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
     figures = {p.stem for p in (tmp_path / "figs").glob("*.png")}
-    saved = set(re.findall(r'save_figure\([^"]*"(\w+)"', path.read_text().replace('\\"', '"')))
+    source = "\n".join(cell.source for cell in executed.cells)
+    saved = set(re.findall(r'save_figure\([^"]*"(\w+)"', source))
     assert figures == saved and saved
     for stem in saved:
         assert stem.startswith(path.stem[:2]), "the number ties a figure to its notebook"
