@@ -49,7 +49,7 @@ def test_committed_with_outputs_and_in_the_form_all_share(path: Path) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code), "run `make notebooks` and commit"
     text = "\n".join(cell.source for cell in notebook.cells)
-    for part in ("**Question.**", "**What the source found.**", "ource vs here", "What follows"):
+    for part in ("**Question.**", "**What the source found", "ource vs here", "What follows"):
         assert part in text
     panels = [o for cell in code for o in cell.outputs if "widget-view+json" in str(o.get("data"))]
     assert panels, "a slider panel"
