@@ -100,7 +100,7 @@ def test_kl_by_prompt_is_torchs_kl_divergence(tiny: Any, architecture: str) -> N
         truth = torch.nn.functional.kl_div(before, after, log_target=True, reduction="sum")
         assert found[text, "steered"] == pytest.approx(float(truth), abs=1e-4)
         assert truth > 0.001 and abs(found[text, "unsteered"]) < 1e-5
-        assert found[text, "zero"] == found[text, "unsteered"]
+        assert abs(found[text, "zero"]) < 1e-5  # another row of the batch: not to the last bit
         shift = sl.next_token_shift(model, text, vector)
         assert shift.kl_contribution.sum() == pytest.approx(found[text, "steered"], abs=1e-4)
     with pytest.raises(ValueError, match="0 prompts"):
