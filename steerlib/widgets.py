@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
@@ -23,7 +23,70 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-class SteeringPanel(ipw.VBox):
+class _Panel(ipw.VBox):
+    """The controls that panels share, and what happens when one of them is moved."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        prompt: str,
+        plus: str,
+        minus: str,
+        layer: int,
+        coefficient: float,
+        coefficient_range: tuple[float, float],
+    ):
+        super().__init__()
+        self._model = model
+        self._vectors: dict[Any, SteeringVector] = {}
+        self._task: asyncio.Task[None] | None = None
+        wide = ipw.Layout(width="95%")
+        low, high = coefficient_range
+        self.prompt = ipw.Text(prompt, description="prompt", layout=wide, continuous_update=False)
+        self.plus = ipw.Text(plus, description="plus", continuous_update=False)
+        self.minus = ipw.Text(minus, description="minus", continuous_update=False)
+        self.layer = ipw.IntSlider(
+            layer, 0, model.cfg.n_layers - 1, description="layer", continuous_update=False
+        )
+        self.coefficient = ipw.FloatSlider(
+            coefficient, min=low, max=high, step=0.5, description="coefficient",
+            continuous_update=False,
+        )  # fmt: skip
+        self.output = ipw.HTML()
+
+    def _show(self, controls: Iterable[ipw.Widget], children: Iterable[ipw.Widget]) -> None:
+        """Listen to the controls, lay out the children, and compute the first output."""
+        for control in controls:
+            control.observe(self._changed, names="value")
+        self.children = tuple(children)
+        for _ in self._steps():
+            pass
+
+    def _run(self) -> Iterator[None]:
+        """Work with the present settings, a step at a time, and write the output."""
+        raise NotImplementedError
+
+    def _steps(self) -> Iterator[None]:
+        try:
+            yield from self._run()
+        except ValueError as error:
+            self.output.value = f"<p style='color:#D55E00'>{html.escape(str(error))}</p>"
+
+    def _made(self) -> SteeringVector:
+        key = (self.plus.value, self.minus.value, self.layer.value)
+        if key not in self._vectors:
+            self._vectors[key] = SteeringVector.from_prompts(
+                self._model, self.plus.value, self.minus.value or None, layer=self.layer.value
+            )
+        return self._vectors[key]
+
+    def _changed(self, _: Any) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._task = _in_background(self._steps)
+
+
+class SteeringPanel(_Panel):
     """Unsteered and steered completions side by side, under sliders.
 
     Args:
@@ -60,22 +123,9 @@ class SteeringPanel(ipw.VBox):
         seed: int = 0,
         **sampling: Any,
     ):
-        self._model, self._vector, self._n_samples = model, vector, n_samples
+        super().__init__(model, prompt, plus, minus, layer, coefficient, coefficient_range)
+        self._vector, self._n_samples = vector, n_samples
         self._sampling = generation.Sampling(max_new_tokens=max_new_tokens, **sampling)
-        self._vectors: dict[Any, SteeringVector] = {}
-        self._task: asyncio.Task[None] | None = None
-        wide = ipw.Layout(width="95%")
-        low, high = coefficient_range
-        self.prompt = ipw.Text(prompt, description="prompt", layout=wide, continuous_update=False)
-        self.plus = ipw.Text(plus, description="plus", continuous_update=False)
-        self.minus = ipw.Text(minus, description="minus", continuous_update=False)
-        self.layer = ipw.IntSlider(
-            layer, 0, model.cfg.n_layers - 1, description="layer", continuous_update=False
-        )
-        self.coefficient = ipw.FloatSlider(
-            coefficient, min=low, max=high, step=0.5, description="coefficient",
-            continuous_update=False,
-        )  # fmt: skip
         self.seed = ipw.BoundedIntText(seed, min=0, max=10**6, description="seed")
         numbered = isinstance(at, int)
         self.at = ipw.Dropdown(
@@ -93,19 +143,17 @@ class SteeringPanel(ipw.VBox):
         )  # fmt: skip
         self.which = ipw.Dropdown(options=["first", "last", "random"], description="which")
         self._place = at is not None
-        self.output = ipw.HTML()
         controls = [self.coefficient, self.seed]
         if vector is None:
             controls = [self.coefficient, self.layer, self.seed]
         where = [self.at, self.position] if self._place else []
         part = [] if fraction is None else [self.fraction, self.which]
-        for control in (self.prompt, self.plus, self.minus, *controls, *where, *part):
-            control.observe(self._changed, names="value")
         texts = [] if vector is not None else [ipw.HBox([self.plus, self.minus])]
         more = [ipw.HBox(group) for group in (where, part) if group]
-        super().__init__([self.prompt, *texts, ipw.HBox(controls), *more, self.output])
-        for _ in self._steps():
-            pass
+        self._show(
+            (self.prompt, self.plus, self.minus, *controls, *where, *part),
+            (self.prompt, *texts, ipw.HBox(controls), *more, self.output),
+        )
 
     def _condition(self) -> Condition:
         vector = self._made() if self._vector is None else self._vector
@@ -118,31 +166,20 @@ class SteeringPanel(ipw.VBox):
             at = range(first, first + vector.n_positions) if numbered else self.at.value
         return Add(vector, at, self.coefficient.value)
 
-    def _made(self) -> SteeringVector:
-        key = (self.plus.value, self.minus.value, self.layer.value)
-        if key not in self._vectors:
-            self._vectors[key] = SteeringVector.from_prompts(
-                self._model, self.plus.value, self.minus.value or None, layer=self.layer.value
-            )
-        return self._vectors[key]
-
-    def _steps(self) -> Iterator[None]:
-        """Generate with the present settings; the output grows with every step."""
-        try:
-            rows = generation.make_rows(
-                self._model,
-                [self.prompt.value],
-                [None, self._condition()],
-                self._n_samples,
-                self._sampling,
-                self.seed.value,
-            )
-            for _ in generation.decode(self._model, rows, self._sampling):
-                self.output.value = self._render(rows)
-                yield
+    def _run(self) -> Iterator[None]:
+        """Generate; the output grows with every step."""
+        rows = generation.make_rows(
+            self._model,
+            [self.prompt.value],
+            [None, self._condition()],
+            self._n_samples,
+            self._sampling,
+            self.seed.value,
+        )
+        for _ in generation.decode(self._model, rows, self._sampling):
             self.output.value = self._render(rows)
-        except ValueError as error:
-            self.output.value = f"<p style='color:#D55E00'>{html.escape(str(error))}</p>"
+            yield
+        self.output.value = self._render(rows)
 
     def _render(self, rows: list[generation.Row]) -> str:
         prompt = f"<b>{html.escape(self.prompt.value)}</b>"
@@ -162,12 +199,10 @@ class SteeringPanel(ipw.VBox):
 
     def _changed(self, _: Any) -> None:
         self.position.disabled = self.at.value != "position"
-        if self._task is not None:
-            self._task.cancel()
-        self._task = _in_background(self._steps)
+        super()._changed(_)
 
 
-class TokenPanel(ipw.VBox):
+class TokenPanel(_Panel):
     """What a vector does to the next token, and what it says by itself, under sliders.
 
     Args:
@@ -191,48 +226,24 @@ class TokenPanel(ipw.VBox):
         coefficient_range: tuple[float, float] = (-10.0, 10.0),
         top: int = 8,
     ):
-        self._model, self._top = model, top
-        self._vectors: dict[Any, SteeringVector] = {}
-        self._task: asyncio.Task[None] | None = None
-        wide = ipw.Layout(width="95%")
-        low, high = coefficient_range
-        self.prompt = ipw.Text(prompt, description="prompt", layout=wide, continuous_update=False)
-        self.plus = ipw.Text(plus, description="plus", continuous_update=False)
-        self.minus = ipw.Text(minus, description="minus", continuous_update=False)
-        self.layer = ipw.IntSlider(
-            layer, 0, model.cfg.n_layers - 1, description="layer", continuous_update=False
-        )
-        self.coefficient = ipw.FloatSlider(
-            coefficient, min=low, max=high, step=0.5, description="coefficient",
-            continuous_update=False,
-        )  # fmt: skip
-        self.output = ipw.HTML()
-        controls = (self.prompt, self.plus, self.minus, self.layer, self.coefficient)
-        for control in controls:
-            control.observe(self._changed, names="value")
+        super().__init__(model, prompt, plus, minus, layer, coefficient, coefficient_range)
+        self._top = top
         rows = [ipw.HBox([self.plus, self.minus]), ipw.HBox([self.layer, self.coefficient])]
-        super().__init__([self.prompt, *rows, self.output])
-        for _ in self._steps():
-            pass
+        self._show(
+            (self.prompt, self.plus, self.minus, self.layer, self.coefficient),
+            (self.prompt, *rows, self.output),
+        )
 
-    def _steps(self) -> Iterator[None]:
-        """Look with the present settings; a step is one run of the model."""
-        try:
-            key = (self.plus.value, self.minus.value, self.layer.value)
-            if key not in self._vectors:
-                self._vectors[key] = SteeringVector.from_prompts(
-                    self._model, self.plus.value, self.minus.value or None, layer=self.layer.value
-                )
-                yield
-            vector, prompt = self._vectors[key], self.prompt.value
-            act = Add(vector, "front", self.coefficient.value)
-            shift = scoring.next_token_shift(self._model, prompt, act)
-            yield
-            norms = scoring.relative_norms(self._model, prompt, vector)
-            lens = scoring.logit_lens(self._model, vector, top=self._top)
-            self.output.value = self._render(shift, norms.merge(lens, on=["layer", "position"]))
-        except ValueError as error:
-            self.output.value = f"<p style='color:#D55E00'>{html.escape(str(error))}</p>"
+    def _run(self) -> Iterator[None]:
+        """Look; a step is one run of the model."""
+        vector, prompt = self._made(), self.prompt.value
+        yield
+        act = Add(vector, "front", self.coefficient.value)
+        shift = scoring.next_token_shift(self._model, prompt, act)
+        yield
+        norms = scoring.relative_norms(self._model, prompt, vector)
+        lens = scoring.logit_lens(self._model, vector, top=self._top)
+        self.output.value = self._render(shift, norms.merge(lens, on=["layer", "position"]))
 
     def _render(self, shift: pd.DataFrame, vector: pd.DataFrame) -> str:
         change = (shift.p_after - shift.p_before).sort_values()
@@ -258,11 +269,6 @@ class TokenPanel(ipw.VBox):
         return (
             f"<div style='display:flex;flex-wrap:wrap'>{cell}{left}</div>{cell}{right}</div></div>"
         )
-
-    def _changed(self, _: Any) -> None:
-        if self._task is not None:
-            self._task.cancel()
-        self._task = _in_background(self._steps)
 
 
 def _table_row(*cells: str, tag: str = "td") -> str:
