@@ -51,7 +51,7 @@ class Line:
 
     @property
     def ratio(self) -> float | None:
-        return None if self.peer is None else self.peer / self.ours
+        return self.peer / self.ours if self.peer is not None and self.ours else None
 
 
 def compare(rounds: int, *runs: Callable[[], Any]) -> list[float]:
@@ -93,7 +93,7 @@ def endless() -> Iterator[None]:
 
 
 class Bench:
-    """The nine lines. Each method gives some of them."""
+    """The ten lines. Each method gives some of them."""
 
     def __init__(self, quick: bool):
         self.quick = quick
@@ -282,6 +282,28 @@ class Bench:
             ours <= min(1.5 * theirs, 6),
         )
 
+    def panel(self) -> Iterator[Line]:
+        """10: how soon a panel shows its first new token."""
+        panel = sl.widgets.SteeringPanel(
+            self.model, self.prompts[0], " wedding", " ", layer=3, max_new_tokens=4
+        )
+        shown: list[float] = []
+        panel.output.observe(lambda _: shown.append(time.perf_counter()), "value")
+        waits = []
+        for coefficient in range(1, 2 * self.rounds + 2):
+            shown.clear()
+            begin = time.perf_counter()
+            panel.coefficient.value = coefficient
+            waits.append(shown[0] - begin)
+        wait = statistics.median(waits)
+        yield Line(
+            "10",
+            "letting go of the slider until the panel shows the first new token",
+            wait,
+            target="< 0.3 s",
+            met=wait < 0.3,
+        )
+
     def peaks(self) -> Iterator[Line]:
         """8: memory on top of the loaded models, seen during 1 and 5."""
         for what in ("sweep", "pairs"):
@@ -420,7 +442,7 @@ def main() -> None:
     arguments = parser.parse_args()
     begin, bench, lines = time.time(), Bench(arguments.quick), []
     tqdm.__init__ = _silent(tqdm.__init__)  # type: ignore[method-assign]
-    names = "sweep steered bridge contrast answers cold_start peaks limits".split()
+    names = "sweep steered bridge contrast answers cold_start peaks limits panel".split()
     chosen = arguments.only or [*names, "growth"]
     for name in [n for n in names if n in chosen]:
         for line in getattr(bench, name)():

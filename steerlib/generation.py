@@ -231,15 +231,17 @@ def prefill(
         [(r.prompt, -1 if free else r.condition) for r, free in zip(rows, untouched, strict=True)]
     )
     lasts, row_to_last = _distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
-    tokens, mask = pad_left([rows[i].prompt_ids for i in heads], pad_id(model), device)
-    cache = roomy_cache(model, len(rows), mask.shape[1] + room)
-    if mask.shape[1] > 1:
+    longest = max(len(r.prompt_ids) for r in rows)
+    cache = roomy_cache(model, len(rows), longest + room)
+    # Where nothing is shared, running the last token apart would only cost a pass.
+    split = len(heads) < len(lasts) and longest > 1
+    if split:
+        tokens, mask = pad_left([rows[i].prompt_ids for i in heads], pad_id(model), device)
         lengths = [len(rows[i].prompt_ids) for i in heads]
-        steering = Steering(model, [[] if untouched[i] else rows[i].acts for i in heads], lengths)
-        ahead = [n - 1 for n in lengths]
+        acts = [[] if untouched[i] else rows[i].acts for i in heads]
         _forward(
-            model, steering, ahead, tokens[:, :-1], mask[:, :-1], cache,
-            watch and partial(watch, heads), wanted=False,
+            model, Steering(model, acts, lengths), [n - 1 for n in lengths], tokens[:, :-1],
+            mask[:, :-1], cache, watch and partial(watch, heads), wanted=False,
         )  # fmt: skip
         index = torch.tensor([last_to_head[i] for i in lasts], device=device)
         cache.batch_select_indices(index)
@@ -247,7 +249,8 @@ def prefill(
     lengths = [len(rows[i].prompt_ids) for i in lasts]
     steering = Steering(model, [rows[i].acts for i in lasts], lengths)
     seen_by = watch and partial(watch, lasts)
-    logits = _forward(model, steering, lengths, tokens[:, -1:], mask, cache, seen_by)
+    ahead = tokens[:, -1:] if split else tokens
+    logits = _forward(model, steering, lengths, ahead, mask, cache, seen_by)
     index = torch.tensor(row_to_last, device=device)
     cache.batch_select_indices(index)
     return logits[index], cache
