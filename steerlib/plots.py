@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PALETTE = ["#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 COLOURS = {"unsteered": "#000000", "steered": "#D55E00", "random": "#0072B2"}
+HONESTY = {"honest": "#0072B2", "dishonest": "#D55E00"}
 GAIN, LOSS = "#009E73", "#D55E00"  # a token's probability went up, or down
 STYLE: dict[str, Any] = {
     "font.size": 11,
@@ -222,6 +223,126 @@ def _visible(token: str) -> str:
     for old, new in ((" ", "␣"), ("\n", "⏎"), ("\t", "⇥"), ("$", r"\$")):
         token = token.replace(old, new)
     return token
+
+
+# ---------------------------------------------------------------- honesty
+
+
+def groups_scatter(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """Answers in the plane of two directions: colour says honest or not, the mark true or false.
+
+    Args:
+        frame: as `probes.projections` returns it; ``x`` and ``y`` name two of its directions.
+
+    Source: second document, scatter of the first two principal components.
+    """
+    with plt.rc_context(STYLE):
+        if ax is None:
+            _, ax = plt.subplots(figsize=(5.6, 4.6))
+        for (honest, truth), group in _four_groups(frame):
+            name = "honest" if honest else "dishonest"
+            claim = "" if truth is None else f", {'true' if truth else 'false'} claim"
+            ax.scatter(
+                group[x], group[y], s=22, alpha=0.6, color=HONESTY[name],
+                marker="x" if truth is False else "o", linewidths=1.1 if truth is False else 0,
+                label=f"{name}{claim} (n = {len(group)})",
+            )  # fmt: skip
+        ax.set(xlabel=xlabel or f"projection on {x}", ylabel=ylabel or f"projection on {y}")
+        ax.set_title(title)
+        ax.legend(fontsize=8)
+        return ax.get_figure()  # type: ignore[return-value]
+
+
+def group_histogram(
+    frame: pd.DataFrame,
+    x: str,
+    *,
+    xlabel: str = "",
+    title: str = "",
+    bins: int = 30,
+    ax: Axes | None = None,
+) -> Figure:
+    """How honest and dishonest answers lie along one direction.
+
+    Args:
+        frame: as `probes.projections` returns it; ``x`` names one of its directions.
+
+    Source: second document, histograms of projections for all layers.
+    """
+    with plt.rc_context(STYLE):
+        if ax is None:
+            _, ax = plt.subplots(figsize=(5.6, 4.6))
+        edges = np.histogram_bin_edges(frame[x], bins).tolist()
+        for name, honest in (("honest", True), ("dishonest", False)):
+            values = frame[x][frame.honest.astype(bool) == honest]
+            colour = HONESTY[name]
+            ax.hist(values, edges, alpha=0.35, color=colour)
+            label = f"{name} (n = {len(values)})"  # the outline, since the fillings overlap
+            ax.hist(values, edges, histtype="step", color=colour, label=label)
+        ax.set(xlabel=xlabel or f"projection on {x}", ylabel="answers")
+        ax.set_title(title)
+        ax.legend(fontsize=8)
+        return ax.get_figure()  # type: ignore[return-value]
+
+
+def _four_groups(frame: pd.DataFrame) -> list[tuple[tuple[bool, bool | None], pd.DataFrame]]:
+    """Honest and dishonest x true and false claim; without claims, the first two only."""
+    truths = [True, False] if frame.truth.notna().all() else [None]
+    found = []
+    for honest in (True, False):
+        for truth in truths:
+            chosen = frame.honest.astype(bool) == honest
+            if truth is not None:
+                chosen &= frame.truth.astype(bool) == truth
+            found.append(((honest, truth), frame[chosen]))
+    return found
+
+
+def generation_heatmap(
+    values: np.ndarray,
+    layers: Sequence[int],
+    prompt_positions: int = 3,
+    *,
+    title: str = "",
+    label: str = "",
+    limit: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Mean projections by layer and position while generating, in diverging colours around 0.
+
+    Args:
+        values: ``[layer, position]``, positions as `sweeps.capture_generation` has them: the last
+            ``prompt_positions`` of the prompt, then the generated tokens from 0.
+        limit: the value of the full colour, to share one scale among figures.
+
+    Source: second document, generation heatmaps.
+    """
+    array = np.asarray(values, dtype=float)
+    reach = limit or float(np.nanmax(np.abs(array))) or 1.0
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        if ax is None:
+            _, ax = plt.subplots(figsize=(7.2, 1.4 + 0.15 * len(layers)))
+        ends = (-prompt_positions - 0.5, array.shape[1] - prompt_positions - 0.5)
+        image = ax.imshow(
+            array, cmap=matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB"), vmin=-reach, vmax=reach, aspect="auto", origin="lower",
+            extent=(*ends, -0.5, len(layers) - 0.5), interpolation="none",
+        )  # fmt: skip
+        ax.axvline(-0.5, color="#000000", linewidth=0.8)
+        step = max(1, len(layers) // 14)
+        ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        ax.set_xticks(range(-prompt_positions, array.shape[1] - prompt_positions, 3))
+        ax.set(xlabel="position (0: first generated token)", ylabel="layer", title=title)
+        ax.get_figure().colorbar(image, ax=ax, label=label)  # type: ignore[union-attr]
+        return ax.get_figure()  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------- text

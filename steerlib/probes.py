@@ -8,7 +8,7 @@ training part is cut to as many answers A as B, without which a mean difference 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,6 +105,29 @@ def fit(acts: torch.Tensor, recipes: str | Sequence[str], seed: int = 0) -> dict
             raise ValueError(f"Recipe {name!r} is unknown: use {known}.")
         found[name] = (v / (v.norm() or 1.0)).float()
     return found
+
+
+def projections(
+    acts: torch.Tensor, labels: pd.DataFrame, directions: Mapping[str, torch.Tensor]
+) -> pd.DataFrame:
+    """Where every answer lies along some directions.
+
+    Args:
+        acts: ``[pair, 2, d_model]``, one layer.
+        labels: of the `ContrastPairs`.
+        directions: name -> ``[d_model]``; projections are on the unit vector.
+
+    Returns:
+        ``labels`` with one column more per direction.
+
+    Raises:
+        ValueError: as many activations as labels are needed.
+    """
+    if acts.ndim != 3 or acts.shape[0] * acts.shape[1] != len(labels):
+        raise ValueError(f"Activations {list(acts.shape)} do not fit {len(labels)} labels.")
+    flat = acts.reshape(-1, acts.shape[-1]).double()
+    found = {name: (flat @ (v / v.norm()).double()).numpy() for name, v in directions.items()}
+    return labels.assign(**found)
 
 
 def layer_accuracy(
