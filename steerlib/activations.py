@@ -9,12 +9,18 @@ same instruction.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Iterable, Sequence
 from operator import index
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -120,6 +126,7 @@ def capture(
     layers: int | Iterable[int] | None = None,
     positions: int | Sequence[int] = -1,
     site: str = "resid_post",
+    cache: str | os.PathLike[str] | None = None,
 ) -> torch.Tensor:
     """Residual-stream activations at the wanted layers and positions.
 
@@ -129,6 +136,9 @@ def capture(
         positions: token positions in the unpadded prompt, BOS included; negative ones count from
             the end of each prompt.
         site: ``resid_pre`` (entering block l) or ``resid_post`` (leaving it).
+        cache: a folder that keeps what was read, batch by batch, under everything that it depends
+            on (weights, dtype, tokens, layers, positions, site): an interrupted run goes on where
+            it was, and another notebook that asks for the same need not run the model.
 
     Returns:
         float32 tensor ``[prompt, layer, position, d_model]`` on the CPU, in the order asked for.
@@ -138,7 +148,7 @@ def capture(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     groups = [[encode(model, text)] for text in texts]
-    return _capture_groups(model, groups, layers, positions, site)[:, 0]
+    return _capture_groups(model, groups, layers, positions, site, cache)[:, 0]
 
 
 def capture_pairs(
@@ -148,6 +158,7 @@ def capture_pairs(
     layers: int | Iterable[int] | None = None,
     positions: int | Sequence[int] = -1,
     site: str = "resid_post",
+    cache: str | os.PathLike[str] | None = None,
 ) -> torch.Tensor:
     """Activations of every prefix with each of its endings; the prefix itself runs once.
 
@@ -155,7 +166,7 @@ def capture_pairs(
         prefixes: the shared beginnings.
         endings: the same k endings for all prefixes (a list of strings), or one list of k
             endings per prefix.
-        layers, positions, site: as for `capture`; positions count in prefix + ending.
+        layers, positions, site, cache: as for `capture`; positions count in prefix + ending.
 
     Returns:
         float32 tensor ``[prefix, ending, layer, position, d_model]``.
@@ -176,7 +187,7 @@ def capture_pairs(
     groups = [
         [encode(model, p + e) for e in ends] for p, ends in zip(prefixes, per_prefix, strict=True)
     ]
-    return _capture_groups(model, groups, layers, positions, site)
+    return _capture_groups(model, groups, layers, positions, site, cache)
 
 
 def _common_prefix(sequences: Sequence[list[int]]) -> int:
@@ -194,6 +205,7 @@ def _capture_groups(
     layers: int | Iterable[int] | None,
     positions: int | Sequence[int],
     site: str,
+    cache: str | os.PathLike[str] | None = None,
 ) -> torch.Tensor:
     """`capture` for groups of token sequences; each group's common beginning runs once."""
     wanted = check_layers(model, layers)
@@ -222,8 +234,19 @@ def _capture_groups(
         getattr(model.original_model.config.get_text_config(), "sliding_window", None) or math.inf
     )
     order = sorted(range(len(groups)), key=lambda g: max(map(len, groups[g])))
-    with torch.no_grad():
-        for batch in _batches(order, lambda g: sum(map(len, groups[g]))):
+    batches = list(_batches(order, lambda g: sum(map(len, groups[g]))))
+    with torch.no_grad(), tqdm(total=len(order), unit="prompt", delay=3, leave=False) as bar:
+        for batch in batches:
+            known = (
+                None
+                if cache is None
+                else _Known(Path(cache), model, [groups[g] for g in batch], wanted, where, site)
+            )
+            acts = known and known.read()
+            if acts is not None:
+                out[batch] = acts
+                bar.update(len(batch))
+                continue
             shared = [
                 min(_common_prefix(groups[g]), first_wanted[g]) if len(groups[g]) > 1 else header
                 for g in batch
@@ -233,8 +256,42 @@ def _capture_groups(
             if _columns(rows, shared) > window:
                 first, shared = 0, [0] * len(batch)
             acts = _capture_batch(model, rows, first, shared, len(groups[0]), wanted, where, site)
-            out[batch] = acts.reshape(len(batch), len(groups[0]), *acts.shape[1:])
+            out[batch] = acts = acts.reshape(len(batch), len(groups[0]), *acts.shape[1:])
+            if known:
+                known.write(acts)
+            bar.update(len(batch))
     return out
+
+
+class _Known:
+    """The file that holds a batch, named by what its activations depend on."""
+
+    def __init__(self, folder: Path, model: TransformerBridge, *facts: Any):
+        identity = getattr(model.cfg, "steerlib_id", None)
+        if identity is None:
+            raise ValueError(
+                f"cache= needs to know the weights of {model.cfg.model_name!r}: load the model "
+                "with steerlib.load_model."
+            )
+        key = hashlib.sha256(repr((identity, str(model.cfg.dtype), *facts)).encode()).hexdigest()
+        self.path = folder / f"{key[:32]}.safetensors"
+
+    def read(self) -> torch.Tensor | None:
+        if not self.path.exists():
+            return None
+        try:
+            return load_file(self.path)["acts"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{self.path} is damaged: delete it and run again.") from error
+
+    def write(self, acts: torch.Tensor) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.part")
+        try:
+            save_file({"acts": acts.contiguous()}, temporary)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _columns(rows: list[list[int]], shared: list[int]) -> int:

@@ -332,8 +332,9 @@ def generation_heatmap(
         if ax is None:
             _, ax = plt.subplots(figsize=(7.2, 1.4 + 0.15 * len(layers)))
         ends = (-prompt_positions - 0.5, array.shape[1] - prompt_positions - 0.5)
+        colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
         image = ax.imshow(
-            array, cmap=matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB"), vmin=-reach, vmax=reach, aspect="auto", origin="lower",
+            array, cmap=colours, vmin=-reach, vmax=reach, aspect="auto", origin="lower",
             extent=(*ends, -0.5, len(layers) - 0.5), interpolation="none",
         )  # fmt: skip
         ax.axvline(-0.5, color="#000000", linewidth=0.8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,45 @@ def test_bad_input_gets_a_sentence(tiny: Any, call: Callable[[Any], Any], words:
     with pytest.raises(ValueError, match=words):
         call(model)
     assert n_hooks(model) == 0
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_a_cache_is_read_again_and_only_for_the_same_question(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "_TOKENS_PER_BATCH", 40)
+    ends = [" love", " hate"]
+    fresh = sl.capture_pairs(model, PROMPTS, ends, [3, 7])
+    runs: list[int] = []
+    real = activations._capture_batch
+
+    def counted(*args: Any) -> torch.Tensor:
+        if len(runs) == 2 and runs[-1] == 0:
+            raise KeyboardInterrupt
+        runs.append(0)
+        return real(*args)
+
+    monkeypatch.setattr(activations, "_capture_batch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sl.capture_pairs(model, PROMPTS, ends, [3, 7], cache=tmp_path)
+    kept = len(list(tmp_path.iterdir()))
+    assert kept == 2  # what was finished before the interruption
+    runs[:] = [1]
+    torch.testing.assert_close(
+        sl.capture_pairs(model, PROMPTS, ends, [3, 7], cache=tmp_path), fresh, atol=0, rtol=0
+    )
+    total = len(list(tmp_path.iterdir()))
+    assert len(runs) - 1 == total - kept
+    runs[:] = [1]
+    again = sl.capture_pairs(model, PROMPTS, ends, [3, 7], cache=tmp_path)
+    assert torch.equal(again, fresh) and runs == [1]
+    for question in ({"layers": [3, 8]}, {"positions": -2}, {"site": "resid_pre"}):
+        runs[:] = [1]
+        sl.capture_pairs(model, PROMPTS, ends, **{"layers": [3, 7], **question}, cache=tmp_path)
+        assert len(runs) > 1
+    next(tmp_path.iterdir()).write_bytes(b"torn")
+    with pytest.raises(ValueError, match="damaged"):
+        for question in ({}, {"layers": [3, 8]}, {"positions": -2}, {"site": "resid_pre"}):
+            sl.capture_pairs(model, PROMPTS, ends, **{"layers": [3, 7], **question}, cache=tmp_path)
