@@ -242,8 +242,7 @@ def _capture_groups(
                 if cache is None
                 else _Known(Path(cache), model, [groups[g] for g in batch], wanted, where, site)
             )
-            acts = known and known.read()
-            if acts is not None:
+            if known and (acts := known.read()) is not None:
                 out[batch] = acts
                 bar.update(len(batch))
                 continue

@@ -78,13 +78,19 @@ def proportion_interval(
 
 
 def summarise(frame: pd.DataFrame, by: str | Sequence[str], value: str = "count") -> pd.DataFrame:
-    """Mean and 95 % bootstrap interval of ``value`` in each group: columns mean, low, high, n."""
+    """Mean and 95 % interval of ``value`` in each group: columns mean, low, high, n.
+
+    The interval is bootstrapped; for truth values (a column of type bool) it is Wilson's.
+    """
     import pandas as pd
 
     keys = [by] if isinstance(by, str) else list(by)
     rows = []
     for name, group in frame.groupby(keys, sort=False):
-        mean, low, high = mean_interval(group[value])
+        if group[value].dtype == bool:
+            mean, low, high = proportion_interval(int(group[value].sum()), len(group))
+        else:
+            mean, low, high = mean_interval(group[value])
         rows.append((*name, mean, low, high, len(group)))
     return pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "n"])
 

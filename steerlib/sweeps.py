@@ -374,6 +374,7 @@ def capture_generation(
     max_new_tokens: int = 20,
     prompt_positions: int = 3,
     condition: Condition = None,
+    cosine: bool = False,
 ) -> torch.Tensor:
     """Projections of the stream on a direction while the model generates (greedily).
 
@@ -381,6 +382,7 @@ def capture_generation(
         directions: one position per layer; projections are on its unit vector, at its site.
         prompt_positions: how many of the last prompt positions are read too.
         condition: an intervention under which to generate; the stream is read after it.
+        cosine: divide by the norm of the stream, which grows many times over from layer to layer.
 
     Returns:
         float32 tensor ``[prompt, layer, position]``, layers in ascending order; the positions are
@@ -404,7 +406,8 @@ def capture_generation(
     size = generation.rows_that_fit(model, max(lengths) + sampling.max_new_tokens)
     for begin in range(0, len(order), size):
         numbers = order[begin : begin + size]
-        watch = partial(_read_along, out, numbers, lengths, prompt_positions, unit, directions.site)
+        place = (numbers, lengths, prompt_positions)
+        watch = partial(_read_along, out, *place, unit, directions.site, cosine)
         for _ in generation.decode(model, [rows[i] for i in numbers], sampling, watch=watch):
             pass
     return out
@@ -417,6 +420,7 @@ def _read_along(
     prompt_positions: int,
     unit: Mapping[int, torch.Tensor],
     site: str,
+    cosine: bool,
     which: list[int],
     start: list[int],
     columns: int,
@@ -435,7 +439,8 @@ def _read_along(
     def read(index: int, direction: torch.Tensor) -> Any:
         def hook(x: torch.Tensor, hook: Any) -> None:
             stream = x[row.to(x.device), column.to(x.device)].float()
-            out[prompt, index, slots] = (stream @ direction.to(x.device)).cpu()
+            scale = stream.norm(dim=-1) if cosine else 1
+            out[prompt, index, slots] = (stream @ direction.to(x.device) / scale).cpu()
 
         return hook
 

@@ -104,6 +104,17 @@ def test_summarise() -> None:
     assert by_one.condition.tolist() == ["b", "a"] and by_one["mean"].tolist() == [5, 0.5]
 
 
+def test_summarise_gives_shares_their_wilson_interval() -> None:
+    frame = pd.DataFrame({"condition": ["x"] * 8 + ["y"] * 2, "right": [True] * 6 + [False] * 4})
+    x, y = scoring.summarise(frame, "condition", "right").itertuples(index=False)
+    # closed form: centre (p + z²/2n) / (1 + z²/n), half width z √(p(1-p)/n + z²/4n²) / (1 + z²/n)
+    z, p, n = 1.959964, 0.75, 8
+    half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    assert tuple(x[1:]) == pytest.approx((0.75, centre - half, centre + half, 8))
+    assert y[1] == 0 and y[2] == pytest.approx(0, abs=1e-12) and y[3] > 0.5
+
+
 # ---------------------------------------------------------------- perplexity
 
 

@@ -202,7 +202,9 @@ def test_capture_generation_equals_a_teacher_forced_capture(model: Any) -> None:
     prompts = ["I went up to my friend and said", "The capital of France is", "Once upon a time"]
     pairs = [("I am happy", "I am sad"), ("What a good day", "What a bad day")]
     directions = sl.SteeringVector.from_pairs(model, pairs, layers=[4, 20])
-    got = sl.capture_generation(model, prompts, directions, max_new_tokens=6, prompt_positions=2)
+    run = {"max_new_tokens": 6, "prompt_positions": 2}
+    got = sl.capture_generation(model, prompts, directions, **run)
+    cosine = sl.capture_generation(model, prompts, directions, **run, cosine=True)
     frame = sl.generate(model, prompts, None, 1, 6, temperature=0, progress=False)
     checked = 0
     for i, (prompt, new) in enumerate(zip(prompts, frame.completion, strict=True)):
@@ -214,6 +216,8 @@ def test_capture_generation_equals_a_teacher_forced_capture(model: Any) -> None:
             site, unit = directions.site, directions.unit().layers[layer][0]
             stream = sl.capture(model, prompt + new, layers=layer, positions=where, site=site)
             torch.testing.assert_close(got[i, l], stream[0, 0] @ unit, atol=1e-3, rtol=1e-3)
+            angle = torch.nn.functional.cosine_similarity(stream[0, 0], unit[None])
+            torch.testing.assert_close(cosine[i, l], angle, atol=1e-3, rtol=1e-3)
             checked += 1
     assert checked >= 4
 
