@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .activations import encode, input_device, logits_at, pad_id, pad_left
+from .activations import (
+    _common_prefix,
+    encode,
+    input_device,
+    logits_at,
+    new_cache,
+    pad_id,
+    pad_left,
+)
 from .interventions import Condition, Intervention, Steering, first_position, interventions
-from .kernels import native_attention, roomy_cache
+from .kernels import RoomyLayer, native_attention, roomy_cache
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 Stop = str | Sequence[str] | Callable[[str], bool] | None
 Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
 _ROWS_SAMPLED = 64  # at once
+_WORTH_SHARING = 32  # tokens that need not run; fewer would not pay for a pass of their own
 
 
 @dataclass
@@ -140,13 +149,14 @@ def decode(
     stop: Stop = None,
     use_cache: bool = True,
     watch: Watch | None = None,
+    own: int = 2,
 ) -> Iterator[int]:
     """One batch, token by token, completing ``rows`` in place.
 
     Args:
         watch: called before every pass with (index of each row, its first position, width of the
             pass); returns TransformerLens hooks that read what they like. Only for rows that
-            share no prompt.
+            share no prompt, and for the last ``own`` tokens of a prompt and what follows.
 
     Yields after every step how many tokens are settled; between steps the model has no hooks, so
     whoever iterates may do something else with it, or stop.
@@ -163,7 +173,7 @@ def decode(
             if not use_cache:
                 logits = _forward(model, steering, lengths, history, mask, None)
             elif cache is None:
-                logits, cache = prefill(model, live, sampling.max_new_tokens, watch)
+                logits, cache = prefill(model, live, sampling.max_new_tokens, watch, own)
             else:
                 seen_by = watch and partial(watch, numbers)
                 with native_attention(model):
@@ -218,9 +228,15 @@ def _forward(
 
 
 def prefill(
-    model: TransformerBridge, rows: Sequence[Row], room: int, watch: Watch | None = None
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    room: int,
+    watch: Watch | None = None,
+    own: int = 2,
 ) -> tuple[torch.Tensor, Any]:
     """Run the prompts, doing once what rows have in common; then there is room for more tokens.
+
+    The last ``own`` tokens of a prompt are never shared with other prompts.
 
     Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
     """
@@ -235,25 +251,52 @@ def prefill(
     cache = roomy_cache(model, len(rows), longest + room)
     # Where nothing is shared, running the last token apart would only cost a pass.
     split = len(heads) < len(lasts) and longest > 1
-    if split:
-        tokens, mask = pad_left([rows[i].prompt_ids for i in heads], pad_id(model), device)
-        lengths = [len(rows[i].prompt_ids) for i in heads]
-        acts = [[] if untouched[i] else rows[i].acts for i in heads]
-        _forward(
-            model, Steering(model, acts, lengths), [n - 1 for n in lengths], tokens[:, :-1],
-            mask[:, :-1], cache, watch and partial(watch, heads), wanted=False,
+    done = 0  # columns that are in the cache
+    for which, end in [(heads, -1), (lasts, None)] if split else [(lasts, None)]:
+        chosen = [rows[i] for i in which]
+        lengths = [len(r.prompt_ids) for r in chosen]
+        acts = [[] if end and untouched[i] else rows[i].acts for i in which]
+        if done:
+            index = torch.tensor([last_to_head[i] for i in which], device=device)
+            cache.batch_select_indices(index)
+        else:
+            done = _begin(model, chosen, acts, own, cache)
+        tokens, mask = pad_left([r.prompt_ids for r in chosen], pad_id(model), device)
+        logits = _forward(
+            model, Steering(model, acts, lengths), [n + (end or 0) for n in lengths],
+            tokens[:, done:end], mask[:, :end], cache, watch and partial(watch, which),
+            wanted=end is None,
         )  # fmt: skip
-        index = torch.tensor([last_to_head[i] for i in lasts], device=device)
-        cache.batch_select_indices(index)
-    tokens, mask = pad_left([rows[i].prompt_ids for i in lasts], pad_id(model), device)
-    lengths = [len(rows[i].prompt_ids) for i in lasts]
-    steering = Steering(model, [rows[i].acts for i in lasts], lengths)
-    seen_by = watch and partial(watch, lasts)
-    ahead = tokens[:, -1:] if split else tokens
-    logits = _forward(model, steering, lengths, ahead, mask, cache, seen_by)
+        done = tokens.shape[1] - 1
     index = torch.tensor(row_to_last, device=device)
     cache.batch_select_indices(index)
     return logits[index], cache
+
+
+def _begin(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    acts: Sequence[Sequence[Intervention]],
+    own: int,
+    cache: Any,
+) -> int:
+    """Run what all prompts begin with once, such as a system prompt, into every row of the cache.
+
+    Returns how many columns the cache holds then; 0 where it would not be worth a pass.
+    """
+    prompts = [r.prompt_ids for r in rows]
+    touched = (first_position(a, len(ids)) for a, ids in zip(acts, prompts, strict=True))
+    n = min(_common_prefix(prompts), min(map(len, prompts)) - own, *touched)
+    fits = all(isinstance(layer, RoomyLayer) for layer in cache.layers)  # no sliding window
+    if not fits or n * (len(prompts) - 1) < _WORTH_SHARING:
+        return 0
+    tokens = torch.tensor([prompts[0][:n]], device=input_device(model))
+    alone = new_cache(model)
+    model.forward(tokens, past_key_values=alone, logits_to_keep=logits_at(tokens))
+    width = max(map(len, prompts))
+    for layer, begun in zip(cache.layers, alone.layers, strict=True):
+        layer.begin_with(begun.keys, begun.values, [width - len(ids) for ids in prompts])
+    return n
 
 
 def _distinct(keys: Sequence[Any]) -> tuple[list[int], list[int]]:

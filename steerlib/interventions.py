@@ -278,8 +278,11 @@ class Steering:
 
         ``more`` are further TransformerLens hooks; they see the stream after the interventions.
         """
-        own = [(name, self._hook(name)) for name in self._ops]
-        with self.model.hooks(fwd_hooks=[*own, *more]):
+        wanted = [*((name, self._hook(name)) for name in self._ops), *more]
+        if not wanted:  # asking TransformerLens to add nothing takes it a tenth of a small pass
+            yield
+            return
+        with self.model.hooks(fwd_hooks=wanted):
             yield
 
     def _hook(self, name: str) -> Any:

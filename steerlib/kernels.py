@@ -5,9 +5,10 @@ Nothing here changes what is computed, only how often it is copied on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
@@ -47,6 +48,20 @@ class RoomyLayer(DynamicLayer):
             buffer[: len(states), :, old : old + states.shape[2]] = states
         return self._show(len(key_states), old + key_states.shape[2])
 
+    def begin_with(self, keys: torch.Tensor, values: torch.Tensor, padding: Sequence[int]) -> None:
+        """Start every row with what they all begin with (``[1, head, column, d_head]``).
+
+        Row r is padded on the left by ``padding[r]`` columns; what sticks out on the right is for
+        the next pass to write.
+        """
+        self.lazy_initialization(keys, values)
+        columns = keys.shape[2]
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
+            buffer[: len(padding), :, :columns] = 0
+            for row, n in enumerate(padding):
+                buffer[row, :, n:columns] = states[0, :, : max(columns - n, 0)]
+        self._show(len(padding), columns)
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i becomes what row ``indices[i]`` was; there may be more rows than before."""
         if columns := self.get_seq_length():
@@ -71,6 +86,19 @@ def roomy_cache(model: TransformerBridge, rows: int, columns: int) -> DynamicCac
     return cache
 
 
+_points: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def _attention_points(model: TransformerBridge) -> list[Any]:
+    """All hook points inside attention. Kept, since to find them takes as long as a layer."""
+    from transformer_lens.hook_points import HookPoint
+
+    if model not in _points:
+        inside = [m for block in model.blocks for m in block.attn.modules()]
+        _points[model] = [m for m in inside if isinstance(m, HookPoint)]
+    return _points[model]
+
+
 @contextmanager
 def native_attention(model: TransformerBridge) -> Iterator[None]:
     """Inside the ``with`` block, attention runs in transformers' own fused kernel.
@@ -80,7 +108,6 @@ def native_attention(model: TransformerBridge) -> Iterator[None]:
     inside (no hook on any of the attention's points), the original does the same sums. In float32
     only: with fewer digits the two round so differently that most completions would turn.
     """
-    from transformer_lens.hook_points import HookPoint
     from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
         PositionEmbeddingsAttentionBridge,
     )
@@ -93,12 +120,7 @@ def native_attention(model: TransformerBridge) -> Iterator[None]:
         or not all(type(attn) is PositionEmbeddingsAttentionBridge for attn in bridges)
         or not getattr(model.original_model, "_supports_sdpa", False)
         or getattr(config, "attn_logit_softcapping", None) is not None
-        or any(
-            point.fwd_hooks
-            for attn in bridges
-            for point in attn.modules()
-            if isinstance(point, HookPoint)
-        )
+        or any(point.fwd_hooks for point in _attention_points(model))
     ):
         yield
         return

@@ -408,7 +408,8 @@ def capture_generation(
         numbers = order[begin : begin + size]
         place = (numbers, lengths, prompt_positions)
         watch = partial(_read_along, out, *place, unit, directions.site, cosine)
-        for _ in generation.decode(model, [rows[i] for i in numbers], sampling, watch=watch):
+        mine, own = [rows[i] for i in numbers], max(2, prompt_positions)
+        for _ in generation.decode(model, mine, sampling, watch=watch, own=own):
             pass
     return out
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import steerlib as sl
+from steerlib import generation
 from steerlib.generation import Sampling, sample
 
 PROMPTS = [
@@ -111,6 +112,57 @@ def test_a_completion_depends_on_its_own_row_alone(model: Any) -> None:
         assert np.mean([together[key] == other[key] for key in together]) >= 0.99
     reseeded = texts(sl.generate(model, PROMPTS, conditions, seed=1, **run))
     assert np.mean([together[key] == reseeded[key] for key in together]) < 0.5
+
+
+HEADER = "You are a friend who answers in one word, please. "
+SHARED: dict[str, tuple[list[str], Any, bool]] = {
+    "untouched": ([HEADER + p for p in PROMPTS], None, True),
+    "generated": ([HEADER + p for p in PROMPTS], "generated", True),
+    "behind what is shared": ([HEADER + p for p in PROMPTS], [-2], True),
+    "inside what is shared": ([HEADER + p for p in PROMPTS], [5], False),
+    "everywhere": ([HEADER + p for p in PROMPTS], "all", False),
+    "one prompt begins the other": ([HEADER[:-2], HEADER, HEADER + PROMPTS[2]], "generated", True),
+    "nothing in common": (PROMPTS, None, False),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_all_prompts_begin_with_runs_once(
+    tiny: Any, architecture: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the transformers model under a hand-written hook, prompt by prompt."""
+    model, plain = tiny(architecture)
+    prompts, at, shared = SHARED[case]
+    v = vector(model, 2)
+    act = [] if at is None else [sl.Add(v, at=at)]
+    filled: list[int] = []
+    real = generation._begin
+    monkeypatch.setattr(
+        generation, "_begin", lambda *args: filled.append(real(*args)) or filled[-1]
+    )
+    condition = None if at is None else act[0]
+    rows = generation.make_rows(model, prompts, [None, condition], 1, Sampling(4), 0)
+    ((_, logits),) = generation.first_logits(model, rows)
+    if architecture not in ("gemma3_text", "mistral"):  # their sliding windows count columns
+        assert (filled[0] > 0) == shared
+    assert filled[0] < min(len(row.prompt_ids) for row in rows)
+    for row, got in zip(rows, logits, strict=True):
+        ids, edits = row.prompt_ids, []
+        if row.condition:
+            n = len(ids)
+            named = {"generated": [n - 1], "all": list(range(n))}
+            where = [] if at is None else named[at] if isinstance(at, str) else [p % n for p in at]
+            edits = [(2, "resid_pre", adding(v.layers[2], where))]
+        expected = reference_logits(plain, ids, edits)[-1]
+        torch.testing.assert_close(got.float(), expected, atol=1e-4, rtol=1e-4)
+    run = {"n_samples": 1, "max_new_tokens": 6, "temperature": 0, "progress": False}
+    conditions = {"free": None, "x": condition}
+    together = texts(sl.generate(model, prompts, conditions, **run))
+    alone: dict[Any, str] = {}
+    for prompt in prompts:
+        alone |= texts(sl.generate(model, prompt, conditions, use_cache=False, **run))
+    assert together == alone
 
 
 def test_more_samples_and_tokens_keep_the_earlier_ones(tiny: Any) -> None:
