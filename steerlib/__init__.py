@@ -38,7 +38,7 @@ _HOME = {
     "layer_accuracy": "probes",
     "save_figure": "plots",
 }
-_MODULES = {"activations", "datasets", "plots", "probes", "scoring", "widgets"}
+_MODULES = {"activations", "datasets", "judges", "plots", "probes", "scoring", "widgets"}
 __all__ = [*_HOME, *sorted(_MODULES)]
 
 
