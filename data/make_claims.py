@@ -190,7 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write data/claims.csv.")
     parser.add_argument("--check", action="store_true", help="only compare with the file")
     check = parser.parse_args().check
-    text, path = build(), HERE / "claims.csv"
+    try:
+        text, path = build(), HERE / "claims.csv"
+    except ModuleNotFoundError as error:
+        sys.exit(f"This needs the package {error.name}: pip install 'steerlib[honesty]'.")
     if not check:
         path.write_text(text, encoding="utf-8", newline="\n")
         print(f"{path.name}: {text.count(chr(10)) - 1} claims")

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .files import whole
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -284,13 +286,8 @@ class _Known:
             raise ValueError(f"{self.path} is damaged: delete it and run again.") from error
 
     def write(self, acts: torch.Tensor) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.part")
-        try:
+        with whole(self.path) as temporary:
             save_file({"acts": acts.contiguous()}, temporary)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _columns(rows: list[list[int]], shared: list[int]) -> int:

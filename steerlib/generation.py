@@ -51,6 +51,7 @@ class Row:
     new: list[int] = field(default_factory=list)
     text: str = ""
     stopped: bool = False
+    done: bool = False  # set last: the other fields are final
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def run(
                 raise
             size = max(1, len(batch) // 2)
             for row in batch:
-                row.new, row.text, row.stopped = [], "", False
+                row.new, row.text, row.stopped, row.done = [], "", False, False
             continue
         begin += len(batch)
 
@@ -200,7 +201,7 @@ def decode(
         history = torch.cat([history, tokens], 1)
         mask = seen = torch.cat([mask, torch.ones_like(tokens)], 1)
     for row in live:
-        row.text = text(model, row)
+        row.text, row.done = text(model, row), True
 
 
 def _forward(
@@ -379,8 +380,10 @@ def _advance(
                 row.stopped = _stops(row, stop)
         if not row.stopped:
             keep.append(i)
-        elif stop is None or token in ends:
-            row.text = text(model, row)
+        else:
+            if stop is None or token in ends:
+                row.text = text(model, row)
+            row.done = True
     return keep
 
 

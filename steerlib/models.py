@@ -34,13 +34,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from .files import UNWRITABLE
+
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
 CONVERTER = 1  # raise it when `_convert` changes what it writes: older conversions are redone
-UNWRITABLE = {getattr(errno, e) for e in "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EEXIST".split()}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -540,7 +541,14 @@ def _convert(model: Packaged, gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with _quiet(), tqdm(total=3, desc=f"converting {model.name} (once)") as bar:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except ImportError as error:
+            said = str(error).strip().splitlines()[0]
+            raise ImportError(
+                f"{model.name} needs a package that is not installed ({said}): "
+                "pip install 'steerlib[gemma]' has it."
+            ) from error
         if model.digits_apart:
             backend, digits = tokenizer.backend_tokenizer, pre_tokenizers.Digits(True)
             backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])

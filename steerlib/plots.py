@@ -19,6 +19,8 @@ import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
 
+from .files import whole
+
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
@@ -497,7 +499,6 @@ def save_figure(figure: Figure, name: str, data: pd.DataFrame | None = None, **o
     Files appear whole or not at all.
     """
     folder = Path(os.environ.get("STEERLIB_FIGS") or Path(__file__).parents[1] / "figs")
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {
         **origin,
         "preset": os.environ.get("PRESET", "quick"),
@@ -506,15 +507,11 @@ def save_figure(figure: Figure, name: str, data: pd.DataFrame | None = None, **o
     }
     text = {"Title": name, "Software": "steerlib", **{k: str(v) for k, v in facts.items()}}
     path = folder / f"{name}.png"
-    temporary = folder / f".{name}.{os.getpid()}"
-    try:
+    with whole(path) as temporary:
         figure.savefig(temporary, format="png", metadata=text, dpi=STYLE["savefig.dpi"])
-        os.replace(temporary, path)
-        if data is not None:
+    if data is not None:
+        with whole(path.with_suffix(".csv")) as temporary:
             data.to_csv(temporary, index=False)
-            os.replace(temporary, path.with_suffix(".csv"))
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -99,8 +99,12 @@ def _forward(
     model: TransformerBridge,
     rows: Sequence[tuple[list[int], list[Intervention]]],
     last_only: bool = False,
+    n_prompt: int | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(row, float32 logits ``[token, vocabulary]``) of every row, computed in batches."""
+    """(row, float32 logits ``[token, vocabulary]``) of every row, computed in batches.
+
+    ``n_prompt`` tokens of every row are its prompt; all of them by default.
+    """
     order = sorted(range(len(rows)), key=lambda r: len(rows[r][0]))
     width = max(len(ids) for ids, _ in rows)
     size = max(1, _TOKENS_PER_BATCH // width)
@@ -108,7 +112,8 @@ def _forward(
         batch = order[begin : begin + size]
         ids = [rows[r][0] for r in batch]
         tokens, mask = pad_left(ids, pad_id(model), input_device(model))
-        steering = Steering(model, [rows[r][1] for r in batch], [len(i) for i in ids])
+        prompts = [len(i) if n_prompt is None else n_prompt for i in ids]
+        steering = Steering(model, [rows[r][1] for r in batch], prompts)
         steering.window([len(i) - tokens.shape[1] for i in ids], tokens.shape[1])
         with torch.no_grad(), steering.hooks():
             keep = {"logits_to_keep": logits_at(tokens, -1)} if last_only else {}
@@ -311,11 +316,17 @@ def kl_by_prompt(
 
 def token_changes(
     model: TransformerBridge,
-    texts: str | Sequence[str],
+    texts: str | Sequence[str | list[int]],
     condition: Condition,
     skip_positions: int = 2,
+    n_prompt: int | None = None,
 ) -> pd.DataFrame:
     """Log-probability of every token of each text, without and with a condition.
+
+    Args:
+        texts: a text may be given as its token ids, since not all tokens are whole characters.
+        n_prompt: how many tokens of every text, BOS included, are its prompt, for conditions
+            whose place counts from the prompt's end (``generated``, ``back``); by default all.
 
     Returns:
         One row per token behind BOS: text, position, token, before, after (natural logarithms),
@@ -328,15 +339,16 @@ def token_changes(
 
     listed = [texts] if isinstance(texts, str) else list(texts)
     acts = interventions(condition, model)
-    ids = [encode(model, text) for text in listed]
+    ids = [encode(model, text) if isinstance(text, str) else text for text in listed]
     rows = [(i, a) for i in ids for a in ([], acts)]
     found: dict[int, np.ndarray] = {}
-    for r, logits in _forward(model, rows):
+    for r, logits in _forward(model, rows, n_prompt=n_prompt):
         target = torch.tensor(rows[r][0][1:], device=logits.device)
         scores = logits[:-1].log_softmax(-1).gather(1, target[:, None])[:, 0]
         found[r] = scores.cpu().numpy()
     frames = []
-    for t, text in enumerate(listed):
+    for t, given in enumerate(listed):
+        text = given if isinstance(given, str) else model.tokenizer.decode(given)
         before, after = found[2 * t], found[2 * t + 1]
         position = np.arange(1, len(ids[t]))
         change = np.where(position > skip_positions, after - before, np.nan)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -21,6 +22,7 @@ import torch
 
 from . import generation
 from .activations import encode
+from .files import whole
 from .generation import Row, Sampling, Stop, make_rows
 from .interventions import Add, Condition
 from .vectors import SteeringVector
@@ -111,7 +113,7 @@ def generate(
         else:
             finished = _here(model, todo, sampling, stop, batch_size, use_cache, bar, store)
         for shard in finished:
-            if store is not None:
+            if store is not None and shard:
                 store.keep(shard, texts)
     names = list(named)
     return pd.DataFrame(
@@ -141,8 +143,10 @@ def _here(
 ) -> Iterator[list[Row]]:
     """Complete the rows in this process: at once, or shard by shard if they are to be kept."""
     for shard in _shards(rows) if store is not None else [rows] if rows else []:
-        generation.run(model, shard, sampling, stop, batch_size, use_cache, bar.update)
-        yield shard
+        try:
+            generation.run(model, shard, sampling, stop, batch_size, use_cache, bar.update)
+        finally:  # of an interrupted shard, the rows that are finished
+            yield [row for row in shard if row.done]
 
 
 # ---------------------------------------------------------------- other processes
@@ -162,7 +166,13 @@ def _parallel(backend: str | None) -> Any:
         raise ValueError(
             "Threads cannot share a model's hooks: use a backend of processes (loky, dask)."
         )
-    return joblib.Parallel(return_as="generator_unordered", **config)
+    try:
+        return joblib.Parallel(return_as="generator_unordered", **config)
+    except ImportError as error:
+        raise ImportError(
+            f"backend={backend!r} needs a package that is not installed: pip install "
+            "'dask[distributed]' for dask, or the backend's own."
+        ) from error
 
 
 def _elsewhere(
@@ -243,7 +253,6 @@ class Store:
         self.folder = folder
         facts = [_KEY_FORMAT, identity, str(model.cfg.dtype), asdict(sampling), seed, stop]
         self._common = json.dumps(facts, sort_keys=True)
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _key(self, row: Row, prompt: str) -> str:
         # by identity, so that one condition is digested once for all its rows
@@ -267,18 +276,17 @@ class Store:
                 todo.append(row)
             else:
                 row.new, row.text, row.stopped = found
+        if todo:  # a folder that cannot be written had better be known before the work is done
+            with whole(self.folder / ".writable") as file:
+                file.touch()
         return todo
 
     def keep(self, rows: Sequence[Row], prompts: Sequence[str]) -> None:
         """Write finished rows."""
         done = {self._key(r, prompts[r.prompt]): (r.new, r.text, r.stopped) for r in rows}
         path = self.folder / f"{_sha(''.join(sorted(done)).encode())[:16]}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        try:
+        with whole(path) as temporary:
             temporary.write_text(json.dumps(done), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class _Same:
@@ -391,6 +399,21 @@ def capture_generation(
 
     Source: second document, generation heatmaps.
     """
+    place = (max_new_tokens, prompt_positions)
+    steps = read_generation(model, prompts, directions, *place, condition, cosine)
+    return deque(steps, maxlen=1)[0]
+
+
+def read_generation(
+    model: TransformerBridge,
+    prompts: str | Sequence[str],
+    directions: SteeringVector,
+    max_new_tokens: int,
+    prompt_positions: int,
+    condition: Condition,
+    cosine: bool,
+) -> Iterator[torch.Tensor]:
+    """`capture_generation` a step at a time: the same tensor after every token, filled so far."""
     if directions.n_positions != 1:
         raise ValueError(f"Projections need a direction (one position), got {directions!r}.")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -410,8 +433,7 @@ def capture_generation(
         watch = partial(_read_along, out, *place, unit, directions.site, cosine)
         mine, own = [rows[i] for i in numbers], max(2, prompt_positions)
         for _ in generation.decode(model, mine, sampling, watch=watch, own=own):
-            pass
-    return out
+            yield out
 
 
 def _read_along(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .activations import _capture_groups, _common_prefix, check_layers, check_site, encode
+from .files import whole
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -319,16 +320,11 @@ class SteeringVector:
         """Write safetensors with the metadata inside; the file appears whole or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         # Cloned, since safetensors refuses a tensor that stands at several layers.
         tensors = {f"layer.{layer}": t.clone().contiguous() for layer, t in self.layers.items()}
         header = {"format": _FORMAT, "site": self.site, "at": self.at}
-        try:
+        with whole(Path(path)) as temporary:
             save_file(tensors, temporary, {**header, "meta": json.dumps(dict(self.meta))})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
@@ -375,9 +371,7 @@ class SteeringVector:
                 "llama.cpp's control vectors begin after block 1: drop the layers "
                 f"{[layer for layer in sorted(self.layers) if layer - shift < 1]} of {self.site}."
             )
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole(Path(path)) as temporary:
             writer = GGUFWriter(temporary, "controlvector")
             hint = model_hint or self.meta.get("model") or "unknown"  # repeng refuses an empty one
             writer.add_string("controlvector.model_hint", str(hint))
@@ -388,9 +382,6 @@ class SteeringVector:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def fit_direction(diffs: torch.Tensor, method: str = "mean", component: int = 0) -> torch.Tensor:
