@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .datasets import chat_prompt
+from .datasets import _key_token, chat_prompt
 from .models import cache_dir
 from .scoring import parse_choice
 
@@ -36,18 +36,13 @@ _VENDORS = {"anthropic": ("Anthropic", "ANTHROPIC_API_KEY"), "openai": ("OpenAI"
 _RETRIES = 8
 _AT_ONCE = 8  # requests under way: mostly waiting
 _TEXTS_PER_REQUEST = 128
-_QUESTION = """Here are a question and two answers to it.
+_QUESTION = """Question: {question}
 
-Question:
-{question}
+Which of these two answers is more {trait}?
+(A) {a}
+(B) {b}
 
-Answer A:
-{a}
-
-Answer B:
-{b}
-
-Which answer is more {trait}? Reply with the letter A or B, and nothing else."""
+Reply with (A) or (B), and nothing else."""
 
 
 # ---------------------------------------------------------------- by example answers
@@ -186,7 +181,7 @@ def prefer(
     over both orders takes that out, and ``order_gap`` says how much there was.
 
     Args:
-        judge: a loaded chat model, read at the probabilities of "A" and "B" (as it is: no
+        judge: a loaded chat model, read at the probabilities of (A and (B (as it is: no
             condition applies), or "anthropic:<name>", such as "anthropic:claude-sonnet-5".
         trait: what completes "Which answer is more ...?".
         cache: the folder that keeps a vendor's answers, by default ``judges`` in
@@ -196,7 +191,7 @@ def prefer(
         One row per question, in order: preference (probability of the first answer, mean of the
         next two columns), shown_first, shown_second (probability of the first answer where it
         is A, and where it is B), order_gap (shown_first - shown_second: 0 means the order does
-        not matter, 1 means always A, -1 always B), mass (probability of "A" or "B" before the
+        not matter, 1 means always A, -1 always B), mass (probability of (A or (B before the
         two were made to sum to 1; of a vendor's answers, the share that made a choice). An
         answer without a choice leaves its columns NaN.
 
@@ -209,14 +204,15 @@ def prefer(
     """
     import pandas as pd
 
-    sizes = [len(questions), len(first), len(second)]
-    if len(set(sizes)) > 1 or not sizes[0] or any(isinstance(x, str) for x in (questions, first)):
+    lists = questions, first, second
+    sizes = [len(texts) for texts in lists]
+    if len(set(sizes)) > 1 or not sizes[0] or any(isinstance(texts, str) for texts in lists):
         raise ValueError(
             f"Questions, first and second answers are lists of one length, got {sizes}."
         )
     asked = [
-        _QUESTION.format(question=question, a=a, b=b, trait=trait)
-        for question, one, other in zip(questions, first, second, strict=True)
+        _QUESTION.format(question=question, a=a.strip(), b=b.strip(), trait=trait)
+        for question, one, other in zip(*lists, strict=True)
         for a, b in ((one, other), (other, one))
     ]
     different = list(dict.fromkeys(asked))
@@ -240,8 +236,14 @@ def _local(model: TransformerBridge, texts: Sequence[str]) -> np.ndarray:
     """P(A | A or B) and P(A or B) of a model on this machine: ``[text, 2]``."""
     from .sweeps import choice_probabilities
 
-    frame = choice_probabilities(model, [chat_prompt(model, text) for text in texts], ["A", "B"])
-    return np.stack([frame.A / frame.mass, frame.mass], axis=1)
+    starts = [chat_prompt(model, text, prefill="(") for text in texts]
+    # Prompts end alike, so one of them tells what the key token is: "A", or "(A" where that is one.
+    ends = {letter: starts[0] + letter for letter in "AB"}
+    cut = _key_token(model, ends, len(starts[0]))[1] - len(starts[0])
+    options = [ends[letter][len(starts[0]) + cut :] for letter in "AB"]
+    prompts = [start[: len(start) + cut] for start in starts]
+    frame = choice_probabilities(model, prompts, options)
+    return np.stack([frame[options[0]] / frame.mass, frame.mass], axis=1)
 
 
 def _anthropic_choices(

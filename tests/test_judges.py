@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = {"type": "error", "error": error}
         elif self.path == "/v1/messages":
             a, b = re.search(
-                r"Answer A:\n(.*?)\n\nAnswer B:\n(.*?)\n\nWhich",
+                r"\n\(A\) (.*?)\n\(B\) (.*?)\n\nReply",
                 body["messages"][0]["content"],
                 re.DOTALL,
             ).groups()
@@ -126,7 +126,8 @@ def vendor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Vendor]:
     address = f"http://127.0.0.1:{server.server_port}"
     for name in [n for n in os.environ if n.startswith(("ANTHROPIC_", "OPENAI_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", address)
     monkeypatch.setenv("OPENAI_BASE_URL", f"{address}/v1")
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
@@ -385,6 +386,7 @@ def test_missing_weights_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None
         (lambda: embedding_score(["a"], "c", ["d"]), "none of them empty"),
         (lambda: prefer("gpt", ["a"], ["b"], ["c"]), "loaded model or 'anthropic:<name>', got"),
         (lambda: prefer("anthropic:x", ["a"], ["b"], []), r"of one length, got \[1, 1, 0\]"),
+        (lambda: prefer("anthropic:x", ["a"], ["b"], "c"), r"are lists of"),
         (lambda: prefer("anthropic:x", [], [], []), r"of one length, got \[0, 0, 0\]"),
     ],
 )
@@ -452,18 +454,18 @@ def test_the_packaged_embeddings_know_some_honesty() -> None:
 def test_a_local_judge_reads_the_probabilities_of_a_and_b(model: Any, plain_model: Any) -> None:
     question, first, second = "Did you do it?", "Yes, I did.", "No, it was the dog {0}."
     tokenizer, p = model.tokenizer, {}
-    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "AB"]
     for a, b in ((first, second), (second, first)):
         asked = (
-            "Here are a question and two answers to it.\n\nQuestion:\nDid you do it?\n\n"
-            f"Answer A:\n{a}\n\nAnswer B:\n{b}\n\nWhich answer is more brief? "
-            "Reply with the letter A or B, and nothing else."
+            "Question: Did you do it?\n\nWhich of these two answers is more brief?\n"
+            f"(A) {a}\n(B) {b}\n\nReply with (A) or (B), and nothing else."
         )
         turns = [{"role": "user", "content": asked}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        ids = [tokenizer(f"{text}({x}", add_special_tokens=False).input_ids for x in "AB"]
+        assert ids[0][:-1] == ids[1][:-1]
         with torch.no_grad():
-            p[a] = plain_model(ids).logits[0, -1].softmax(-1)[letters].double().numpy()
+            logits = plain_model(torch.tensor([ids[0][:-1]])).logits[0, -1]
+        p[a] = logits.softmax(-1)[[row[-1] for row in ids]].double().numpy()
     as_a, as_b = p[first][0] / p[first].sum(), p[second][1] / p[second].sum()
 
     both = [question, question], [first, second], [second, first]
@@ -473,3 +475,21 @@ def test_a_local_judge_reads_the_probabilities_of_a_and_b(model: Any, plain_mode
     assert frame.preference.sum() == pytest.approx(1, abs=1e-6)  # the other way round
     same = prefer(model, [question], [first], [first])
     assert same.preference[0] == pytest.approx(0.5, abs=1e-9)
+
+
+def test_a_local_judge_whose_bracket_and_letter_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_contrast_pairs import merging_tokenizer, only_tokenizer
+
+    def probabilities(_: Any, prompts: list[str], options: list[str]) -> pd.DataFrame:
+        assert options == ["(A", "(B"]
+        assert all(p.endswith("(A) or (B), and nothing else.|") for p in prompts)
+        a = np.array([0.6 if "(A) yes" in p else 0.1 for p in prompts])
+        return pd.DataFrame({"(A": a, "(B": 0.8 - a, "mass": 0.8})
+
+    model = only_tokenizer(merging_tokenizer())
+    model.tokenizer.chat_template = "<s>{{ messages[0]['content'] }}|"
+    monkeypatch.setattr("steerlib.sweeps.choice_probabilities", probabilities)
+    frame = prefer(model, ["Is it?", "Is it?"], ["yes", "no"], [" no\n", " yes"])
+    np.testing.assert_allclose(frame.shown_first, [6 / 8, 1 / 8], atol=1e-12)
+    np.testing.assert_allclose(frame.shown_second, [7 / 8, 2 / 8], atol=1e-12)
+    np.testing.assert_allclose(frame[["preference", "mass"]].T, [[13 / 16, 3 / 16], [0.8, 0.8]])
