@@ -183,6 +183,8 @@ def prefer(
     Args:
         judge: a loaded chat model, read at the probabilities of (A and (B (as it is: no
             condition applies), or "anthropic:<name>", such as "anthropic:claude-sonnet-5".
+        questions, first, second: what was asked (a situation, without its choices), and the two
+            answers to it.
         trait: what completes "Which answer is more ...?".
         cache: the folder that keeps a vendor's answers, by default ``judges`` in
             `models.cache_dir`.
