@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,13 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors: a type of its own
+            code = int(found[1])
+        if code is None or code not in UNWRITABLE:
+            raise
         full = code in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):  # safetensors reports it by a type of its own
-            raise OSError(f"{path} could not be written: the disk is full.") from error
-        if code is not None and code in UNWRITABLE:
-            why = os.strerror(code).lower()
-            raise OSError(f"{path} could not be written: {why}. Choose another folder.") from error
-        raise
+        why = "the disk is full" if full else f"{os.strerror(code).lower()}; choose another folder"
+        raise OSError(f"{path} could not be written: {why}.") from error
     finally:
         try:
             temporary.unlink(missing_ok=True)

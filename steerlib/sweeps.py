@@ -166,13 +166,7 @@ def _parallel(backend: str | None) -> Any:
         raise ValueError(
             "Threads cannot share a model's hooks: use a backend of processes (loky, dask)."
         )
-    try:
-        return joblib.Parallel(return_as="generator_unordered", **config)
-    except ImportError as error:
-        raise ImportError(
-            f"backend={backend!r} needs a package that is not installed: pip install "
-            "'dask[distributed]' for dask, or the backend's own."
-        ) from error
+    return joblib.Parallel(return_as="generator_unordered", **config)
 
 
 def _elsewhere(

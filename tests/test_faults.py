@@ -14,7 +14,8 @@ hook stays on a model, and whoever is at fault gets one sentence.
 | disk full: conversion of a model | one sentence with the space needed | test_models |
 | read-only folder: the same six | one sentence with the path, for a sweep before any work is done | here |
 | read-only folder: model cache | one sentence; a cache that is whole loads | test_models |
-| a missing package: judges, dask, sentencepiece, the sources of the claims | one sentence that says what to install | here |
+| a missing package: judges, sentencepiece, the sources of the claims | one sentence that says what to install | here |
+| a backend that is not there (dask) | one sentence with those that are | here |
 | a CSV that is cut off, or empty | one sentence with the path | test_datasets, here |
 | a damaged file in a sweep cache, or of activations | one sentence with the path: delete it | test_sweeps, here |
 | a vector file that is a pickle, under any name | one sentence; nothing is unpickled | here |
@@ -32,6 +33,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +48,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import steerlib as sl
-from steerlib import generation, models, plots
+from steerlib import activations, generation, models, plots
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<script>alert(1)</script>"
@@ -88,7 +90,7 @@ try:
     t.sweep(model, cache)
 except KeyboardInterrupt:
     print(json.dumps({"hooks": t.n_hooks(model), "calls": calls}), flush=True)
-    calls.clear()
+    when = calls.clear()  # no more waiting
     frame = t.sweep(model, cache)
     print(json.dumps({"rows": sum(calls), "frame": frame.to_json()}), flush=True)
 """
@@ -185,19 +187,33 @@ WRITERS: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
 }
 
 
+def no_space(tensors: Any, path: Path, *args: Any) -> None:
+    path.write_bytes(b"half")
+    raise safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("what", WRITERS)
-def test_a_full_disk(tiny: Any, tmp_path: Path, what: str) -> None:
-    """The file that is written beside leads to a device on which no byte finds room."""
+def test_a_full_disk(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The file that is written beside leads to a device on which no byte finds room.
+
+    safetensors writes to a file of its own choice; what it raises then is made up here.
+    """
     model, _ = tiny("llama")
     write, pattern = WRITERS[what]
     write(tmp_path, model)
     (path,) = tmp_path.glob(pattern)
-    if pattern in ("*.json", "*.safe*"):
+    if what in ("a sweep's rows", "activations"):
         path.unlink()  # it would be read, not written
     old = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    (tmp_path / f".{path.name}.{os.getpid()}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError) as caught:
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        if path.suffix == ".safetensors":
+            for module in (safetensors.torch, activations):
+                patch.setattr(module, "save_file", no_space)
+        else:
+            (tmp_path / f".{path.name}.{os.getpid()}.part").symlink_to("/dev/full")
         write(tmp_path, model)
     assert one_sentence(caught.value) == f"{path} could not be written: the disk is full."
     assert set(tmp_path.iterdir()) == set(old)
@@ -208,18 +224,19 @@ def test_a_full_disk(tiny: Any, tmp_path: Path, what: str) -> None:
 
 
 @contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """Nobody may write here; where the tests run as root, they are nobody meanwhile."""
+def read_only() -> Iterator[Path]:
+    """A folder in which nobody may write; where the tests run as root, they are nobody here."""
     root = os.geteuid() == 0
-    folder.chmod(0o555)
-    try:
-        if root:
-            os.seteuid(65534)
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:  # below tmp_path, nobody may even look
+        os.chmod(folder, 0o555)
+        try:
+            if root:
+                os.seteuid(65534)
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="rights are another matter here")
@@ -231,15 +248,14 @@ def test_a_read_only_folder(
     model, _ = tiny("llama")
     write, pattern = WRITERS[what]
     write(tmp_path, model)  # whatever is imported late is imported now
-    folder = tmp_path / "locked"
-    folder.mkdir()
-    run = []
+    run: list[Any] = []
     monkeypatch.setattr(generation, "run", lambda *args, **kwargs: run.append(args))
-    with read_only(folder), pytest.raises(OSError) as caught:
-        write(folder if there else folder / "below", model)
+    with read_only() as folder:
+        with pytest.raises(OSError) as caught:
+            write(folder if there else folder / "below", model)
+        assert not list(folder.iterdir()) and not run  # no work is done in vain
     said = one_sentence(caught.value)
-    assert "locked" in said and "could not be written: permission denied" in said
-    assert not list(folder.iterdir()) and not run  # no work is done in vain
+    assert said.startswith(str(folder)) and "could not be written: permission denied" in said
     assert n_hooks(model) == 0
 
 
@@ -303,8 +319,10 @@ def test_an_interrupt_between_a_figure_and_its_numbers(
 
 
 def test_a_missing_backend(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "joblib._dask", None)
-    with pytest.raises(ImportError, match="'dask' needs a package .*dask.distributed.") as caught:
+    import joblib
+
+    monkeypatch.delitem(joblib.parallel.BACKENDS, "dask", raising=False)
+    with pytest.raises(ValueError, match="Invalid backend: dask, expected one of") as caught:
         sl.generate(tiny("llama")[0], PROMPTS, backend="dask", **RUN)
     one_sentence(caught.value)
 
