@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -109,6 +109,7 @@ class Add:
             ``prompt`` (all its positions), ``generated`` (the last prompt position, which
             predicts the first new token, and every generated one), ``all``, a list of positions
             (negative: from the end of the prompt; n and above: generated tokens), or a slice.
+            None: where the vector was made for, its own ``at``.
         coefficient: multiplies the vector; 0 is exactly no intervention.
 
     Raises:
@@ -119,12 +120,14 @@ class Add:
     """
 
     vector: SteeringVector
-    at: At = "front"
+    at: At = None  # type: ignore[assignment]  # filled in at once: never None to a reader
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.vector, SteeringVector):
             raise ValueError(f"Add needs a SteeringVector, got {type(self.vector).__name__}.")
+        if cast(Any, self.at) is None:
+            object.__setattr__(self, "at", self.vector.at)
         if not math.isfinite(self.coefficient):
             raise ValueError(f"A coefficient must be a finite number, got {self.coefficient}.")
         _check_at(self.at)

@@ -197,3 +197,10 @@ def test_alignment_table(model: Any) -> None:
     assert table.coefficient.tolist() == ["+1", "+5", "-5"]
     assert table.loc[0, "1":"4"].tolist() == ["I", " hate", " you", " because"]
     assert table.loc[1, "1"] == "Love"
+
+
+def test_a_vector_acts_where_it_was_made_for(tiny: Any) -> None:
+    model, _ = tiny("llama")
+    direction = sl.SteeringVector({1: torch.ones(1, 32)}, site="resid_post", at="generated")
+    assert sl.Add(direction).at == "generated" and sl.Add(vector(model, 1, 2)).at == "front"
+    assert sl.Add(direction, "all").at == "all"
