@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PRESET ?= quick
 MODEL  ?=
+SVG    ?=
 EXTRAS ?=
 ARGS   ?=
 
@@ -23,19 +24,20 @@ endif
 FIGS  ?= $(if $(filter smoke,$(PRESET)),build/smoke-figs,figs)
 STATE := $(if $(filter smoke,$(PRESET)),build/smoke,build)
 
-.PHONY: help setup figs notebooks lab test lint bench clean FORCE
+.PHONY: help setup figs notebooks lab app site test test-browser lint bench clean FORCE
 
 help:
 	@awk -F ':.*## |: ' \
-	  '/^[a-z]+:.*## / || /^## [a-z].*: / { sub(/^## /, ""); printf "make %-16s %s\n", $$1, $$2 }' Makefile
+	  '/^[a-z-]+:.*## / || /^## [a-z].*: / { sub(/^## /, ""); printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'Settings, with what they are now:'
 	@printf '  %-15s %s\n' \
 	  'PRESET=$(PRESET)' 'how much to compute: $(PRESETS)' \
 	  'MODEL=$(MODEL)' 'a model for every notebook, instead of its own choice' \
 	  'PYTHON=$(PYTHON)' 'makes $(VENV), has to be $(PYTHON_MIN) or newer' \
+	  'SVG=$(SVG)' '1: figures as SVG too' \
 	  'EXTRAS=$(EXTRAS)' 'for setup: optional parts, as in EXTRAS=judges,honesty' \
-	  'ARGS=$(ARGS)' 'for test, bench and lab: handed on, as in ARGS="-k positions"'
+	  'ARGS=$(ARGS)' 'for lab, app, tests and bench: handed on, as in ARGS="-k positions"'
 
 
 # --- the virtual environment ---------------------------------------------------------------
@@ -96,10 +98,16 @@ DONE      := $(NOTEBOOKS:%=$(STATE)/%.done)
 SOURCES   := $(wildcard steerlib/*.py) \
   $(shell test ! -d data || find data -type f ! -name '*.md' ! -name '*.py' ! -name '*.pyc' ! -path '*/.*')
 
-# A run with other settings, or one of which a figure is gone, does not count.
-SETTINGS := PRESET=$(PRESET) MODEL=$(MODEL) FIGS=$(FIGS)
+# How long each notebook takes in a quick run on two cores, in seconds: for the time left that a
+# first `make figs` prints. Later ones go by the last run, which leaves build/<name>.quick.seconds.
+QUICK_SECONDS := 00:73 01:214 02:230 03:240 04:240 05:265 06:120 07:120 08:120 09:120 10:120
+
+# A run with other settings, or one of which a figure is gone, does not count. One that drew SVGs
+# besides does, whether they are asked for or not.
+SETTINGS := PRESET=$(PRESET) MODEL=$(MODEL) FIGS=$(FIGS)$(if $(SVG), SVG=1)
 STALE := $(shell for list in $(STATE)/*.done; do test ! -f "$$list" || { \
-  IFS= read -r settings; test "$$settings" = '$(SETTINGS)' || echo "$$list"; \
+  IFS= read -r settings; \
+  test "$$settings" = '$(SETTINGS)' || test "$$settings" = '$(SETTINGS) SVG=1' || echo "$$list"; \
   while IFS= read -r figure; do test -e "$$figure" || echo "$$list"; done; } < "$$list"; done)
 ifneq ($(STALE),)
 $(sort $(STALE)): FORCE
@@ -108,26 +116,55 @@ endif
 # Notebooks run in notebooks/, so folders are handed over as absolute paths.
 full = $(if $(filter /%,$(1)),$(1),$(CURDIR)/$(1))
 NOTEBOOK_ENV = JUPYTER_PREFER_ENV_PATH=1 PRESET=$(PRESET) STEERLIB_FIGS='$(call full,$(FIGS))' \
+  $(if $(SVG),STEERLIB_SVG=1) \
   $(if $(MODEL),MODEL='$(if $(wildcard $(MODEL)/config.json),$(call full,$(MODEL)),$(MODEL))')
 
-figs: $(DONE) ## run the notebooks that are out of date, draw every figure
+# What is out of date runs in a make of its own, which goes on after a failure (-k). build/plan says
+# what is to be done (`todo`, with the seconds it should take), as a dry run of that make found out,
+# and what has been (`done`, `failed`).
+PLAN   :=
+HANDED := --no-print-directory PRESET='$(PRESET)' MODEL='$(MODEL)' FIGS='$(FIGS)' SVG='$(SVG)'
+
+figs: $(BASE) ## run the notebooks that are out of date, draw every figure
+	@mkdir -p $(STATE); $(MAKE) -n $(HANDED) $(DONE) \
+	  | { echo "begin $$(date +%s)"; sed -n 's/^: todo/todo/p'; } > $(STATE)/plan
+	@$(MAKE) -k $(HANDED) PLAN=$(STATE)/plan $(DONE) || { \
+	  failed=$$(sed -n 's/^failed //p' $(STATE)/plan | sort | tr '\n' ' '); \
+	  test -z "$$failed" || echo "failed: $${failed}(the other figures are in $(FIGS)/)" >&2; exit 1; }
 	@echo 'the figures are in $(FIGS)/'
 
 ## figs/<name>.png: draw one figure, by running the notebook of its number
 
+# Prints its argument, between "[3/11] " and ", about 14 min left" if there is a plan: the place in
+# it, and what is still to do, at the pace of what is done.
+progress = awk -v name='$*' -v say='$(1)' -v now="$$(date +%s)" ' \
+  $$1 == "begin" { begin = $$2 } \
+  $$1 == "todo" { n++; if ($$2 == name) place = n; seconds[$$2] = $$3; left += $$3; unknown += !$$3 } \
+  $$1 == "done" { past += seconds[$$2] } \
+  $$1 == "done" || $$1 == "failed" { left -= seconds[$$2] } \
+  END { \
+    minutes = int(left * (past ? (now - begin) / past : 1) / 60 + 0.5); \
+    if (place) printf "[%d/%d] ", place, n; printf "%s", say; \
+    if (place && !unknown) printf ", about %d min left", minutes ? minutes : 1; print "" }' \
+  $(or $(PLAN),/dev/null)
+
 $(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
+	@: todo $* $(or $(shell cat $(STATE)/$*.$(PRESET).seconds 2> /dev/null),$(if $(filter quick,$(PRESET)),$(patsubst $(firstword $(subst _, ,$*)):%,%,$(filter $(firstword $(subst _, ,$*)):%,$(QUICK_SECONDS)))))
 	@mkdir -p $(STATE)/notebooks "$(FIGS)"
-	@echo '$*: running (PRESET=$(PRESET)$(if $(MODEL), MODEL=$(MODEL)))'
+	@$(call progress,$*: running (PRESET=$(PRESET)$(if $(MODEL), MODEL=$(MODEL))))
 	@rm -f $@; echo '$(SETTINGS)' > $@.part; begin=$$(date +%s); \
-	$(NOTEBOOK_ENV) "$(PY)" -m nbconvert --log-level=WARN --to notebook --execute \
+	$(NOTEBOOK_ENV) JPY_SESSION_NAME=$*.ipynb "$(PY)" -m nbconvert --log-level=WARN --to notebook --execute \
 	  --KernelManager.transport_encryption=auto --ExecutePreprocessor.kernel_name=python3 \
 	  --ExecutePreprocessor.startup_timeout=300 --ExecutePreprocessor.timeout=-1 \
 	  --ExecutePreprocessor.store_widget_state=True --ExecutePreprocessor.record_timing=False \
 	  --output-dir $(STATE)/notebooks --output $*.part.ipynb $< \
-	|| { echo "$*: failed after $$(($$(date +%s) - begin)) s, with the error above" >&2; exit 1; }; \
+	|| { echo "$*: failed after $$(($$(date +%s) - begin)) s, with the error above" >&2; \
+	  echo 'failed $*' >> $(or $(PLAN),/dev/null); exit 1; }; \
+	seconds=$$(($$(date +%s) - begin)); \
 	mv $(STATE)/notebooks/$*.part.ipynb $(STATE)/notebooks/$*.ipynb && \
 	find "$(FIGS)" -type f -name '$(firstword $(subst _, ,$*))_*' -newer $@.part | sort > $@.figures && \
-	echo "$*: done in $$(($$(date +%s) - begin)) s, files in $(FIGS)/: $$(wc -l < $@.figures | tr -d ' ')" && \
+	echo "$*: done in $$seconds s, files in $(FIGS)/: $$(wc -l < $@.figures | tr -d ' ')" && \
+	echo $$seconds > $(STATE)/$*.$(PRESET).seconds && echo 'done $*' >> $(or $(PLAN),/dev/null) && \
 	touch -r $@.part $@.figures && cat $@.figures >> $@.part && \
 	touch -r $@.figures $@.part && rm $@.figures && mv $@.part $@
 
@@ -146,7 +183,7 @@ $(error notebooks/ shows the quick run on the default models: leave PRESET and M
 endif
 endif
 
-notebooks: $(DONE) ## put the outputs of the last quick run into notebooks/
+notebooks: figs ## put the outputs of the last quick run into notebooks/
 	@for name in $(NOTEBOOKS); do \
 	  cmp -s $(STATE)/notebooks/$$name.ipynb notebooks/$$name.ipynb || { \
 	    cp $(STATE)/notebooks/$$name.ipynb notebooks/.$$name.part && \
@@ -154,14 +191,28 @@ notebooks: $(DONE) ## put the outputs of the last quick run into notebooks/
 	    echo "notebooks/$$name.ipynb: new outputs"; } || exit 1; \
 	done
 
+# Both listen on the loopback interface alone; where there is no screen they only print the address.
+QUIETLY = $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(BROWSER)$(filter Darwin,$(shell uname)),,--no-browser)
+
 lab: $(BASE) ## open JupyterLab on the notebooks, for this machine only
-	@$(NOTEBOOK_ENV) "$(PY)" -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks $(ARGS)
+	@$(NOTEBOOK_ENV) "$(PY)" -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=notebooks \
+	  --KernelManager.transport_encryption=auto $(QUIETLY) $(ARGS)
+
+app: $(BASE) ## open the panels as one web page, for this machine only
+	@$(NOTEBOOK_ENV) "$(PY)" -m voila notebooks/app.ipynb --Voila.ip=127.0.0.1 \
+	  --KernelManager.transport_encryption=auto $(QUIETLY) $(ARGS)
+
+site: $(BASE) ## turn the notebooks into web pages, build/site/index.html first
+	@"$(PY)" -m steerlib.site $(STATE)/notebooks notebooks $(STATE)/site
 
 
 # --- work on the code ----------------------------------------------------------------------
 
-test: $(DEV) ## run the tests
-	@"$(PY)" -m pytest $(ARGS)
+test: $(DEV) ## run the tests, but for those in a browser
+	@"$(PY)" -m pytest -m 'not browser' $(ARGS)
+
+test-browser: $(DEV) ## run every notebook and the app in Chromium, move their sliders
+	@"$(PY)" -m pytest -m browser $(ARGS)
 
 lint: $(DEV) ## check style and types
 	@"$(PY)" -m ruff check .

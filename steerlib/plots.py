@@ -7,9 +7,13 @@ colour across figures: unsteered black, steered orange, random control blue.
 from __future__ import annotations
 
 import html
+import json
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
 
+from . import figures
 from .files import whole
 
 if TYPE_CHECKING:
@@ -45,6 +50,10 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "lines.markersize": 5,
 }
+
+
+# whose versions a figure names
+PACKAGES = ("steerlib", "torch", "transformers", "transformer-lens", "numpy", "matplotlib")
 
 
 def curves(
@@ -487,40 +496,99 @@ def token_heatmap_figure(
 # ---------------------------------------------------------------- files
 
 
-def save_figure(figure: Figure, name: str, data: pd.DataFrame | None = None, **origin: Any) -> Path:
+def save_figure(
+    figure: Figure,
+    name: str,
+    data: pd.DataFrame | None = None,
+    *,
+    svg: bool = False,
+    **origin: Any,
+) -> Path:
     """Write ``<name>.png`` with its origin in the file's metadata, and its numbers as CSV beside.
 
     Args:
         name: begins with the notebook's number, such as ``01_sweep``.
         data: the numbers behind the figure.
-        origin: what made it: model, preset, n, seed, notebook, ...
+        svg: write ``<name>.svg`` too. Also done where ``STEERLIB_SVG`` is set, and where there is
+            one already, or it would show old numbers.
+        origin: what made it: model, n, seed, ... Notebook, dtype of the model, preset, commit and
+            versions are found out, unless they are given.
 
     Figures go to the folder ``STEERLIB_FIGS``, by default ``figs`` of the repository.
-    Files appear whole or not at all.
+    Files appear whole or not at all, and the same run writes the same bytes:
+    ``python -m steerlib.figures`` prints the origin.
     """
-    folder = Path(os.environ.get("STEERLIB_FIGS") or Path(__file__).parents[1] / "figs")
+    folder = figures.folder()
+    _clear_leftovers(folder)
     facts = {
-        **origin,
+        "notebook": _notebook(name),
+        "dtype": _dtype(origin.get("model")),
         "preset": os.environ.get("PRESET", "quick"),
+        **origin,
         "commit": _commit(),
-        **{p: _version(p) for p in ("steerlib", "torch", "transformers", "transformer-lens")},
+        **{package: _version(package) for package in PACKAGES},
     }
     text = {"Title": name, "Software": "steerlib", **{k: str(v) for k, v in facts.items()}}
-    path = folder / f"{name}.png"
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", metadata=text, dpi=STYLE["savefig.dpi"])
-    if data is not None:
-        with whole(path.with_suffix(".csv")) as temporary:
-            data.to_csv(temporary, index=False)
-    return path
+    png, more = folder / f"{name}.png", folder / f"{name}.svg"
+    metadata: dict[Path, dict[str, str | None]] = {png: {**text}}
+    if svg or os.environ.get("STEERLIB_SVG") or more.exists():
+        description = json.dumps(text, ensure_ascii=False)
+        metadata[more] = {"Title": name, "Description": description, "Date": None}
+    with ExitStack() as files:  # all of them take their places at its end, or none does
+        for path, about in metadata.items():
+            part = files.enter_context(whole(path))
+            # without the salt an SVG names its parts at random
+            with plt.rc_context({"svg.hashsalt": name}):
+                dpi = STYLE["savefig.dpi"]
+                figure.savefig(part, format=path.suffix[1:], metadata=about, dpi=dpi)
+        if data is not None:
+            data.to_csv(files.enter_context(whole(folder / f"{name}.csv")), index=False)
+    return png
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written; an hour is longer than any writing takes."""
+    for part in folder.glob(".*.part"):
+        with suppress(OSError):  # another process may have done it
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
+def _notebook(name: str) -> str:
+    """The notebook that runs: Jupyter and make say which, elsewhere the figure's number does."""
+    session = os.environ.get("JPY_SESSION_NAME", "")
+    if session.endswith(".ipynb"):
+        return Path(session).name
+    number = name.split("_")[0]
+    found = sorted((Path(__file__).parents[1] / "notebooks").glob(f"{number}_*.ipynb"))
+    return found[0].name if found else "unknown"
+
+
+def _dtype(model: object) -> str:
+    """The number format in which the model of that name is loaded."""
+    models = sys.modules.get(f"{__package__}.models")  # never imported for this: it needs torch
+    held = list(models._loaded.values()) if models else []
+    found = {str(bridge.cfg.dtype) for bridge in held if bridge.cfg.model_name == model}
+    return found.pop().removeprefix("torch.") if len(found) == 1 else "unknown"
 
 
 def _commit() -> str:
+    """The commit that is checked out, and whether code or data differ from it."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed into someone's project, whose commits are its own
+        return "unknown"
+    git = ["git", "-C", str(root)]
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        head, changes = (
+            subprocess.run([*git, *rest], capture_output=True, text=True, check=True).stdout.strip()
+            for rest in (
+                ["rev-parse", "--short", "HEAD"],
+                ["status", "--porcelain", "--", "steerlib", "data"],
+            )
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{head} with changes" if changes else head
 
 
 def _version(package: str) -> str:

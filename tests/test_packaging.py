@@ -153,9 +153,9 @@ def test_the_patterns_catch_what_they_should(text, caught):
 # --- make -----------------------------------------------------------------------------------
 
 
-def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {"MAKEFLAGS", "MFLAGS", *re.findall(r"^(\w+) +\?=", MAKEFILE, re.M)}
-    environment = {k: v for k, v in os.environ.items() if k not in settings}
+    environment = {k: v for k, v in os.environ.items() if k not in settings} | environment
     return subprocess.run(
         ["make", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -187,15 +187,19 @@ def copy(tmp_path):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     (folder / ".venv/.steerlib-base").touch()
-    cells = [
+    write_notebook(
+        folder / "notebooks/07_test.ipynb",
         "import os, pathlib, ipywidgets\nfigs = pathlib.Path(os.environ['STEERLIB_FIGS'])",
         "ipywidgets.IntSlider(3)",
         "(figs / '07_line.png').write_text('a figure')",
         "assert 'MODEL' not in os.environ, 'no such model'; print(os.environ['PRESET'])",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    nbformat.write(notebook, folder / "notebooks/07_test.ipynb")
+    )
     return folder
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbformat.write(notebook, path)
 
 
 def test_make_runs_a_notebook_when_something_changed_and_only_then(copy):
@@ -242,3 +246,140 @@ def test_make_fails_when_a_notebook_does_or_has_no_such_figure(copy):
     assert "07_test makes no figs/07_other.png; it makes: figs/07_line.png" in done.stderr
     done = make("figs/08_line.png", cwd=copy)
     assert done.returncode and "No notebook makes figs/08_line.png" in done.stderr
+
+
+def progress(output: str) -> list[str]:
+    return [line for line in output.splitlines() if ": running" in line]
+
+
+def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy):
+    for name in ("05_bad", "09_bad"):
+        write_notebook(copy / f"notebooks/{name}.ipynb", f"raise ValueError('{name} is broken')")
+    done = make("figs", cwd=copy)
+    assert progress(done.stdout) == [  # by the Makefile's table, as nothing has run here before
+        "[1/3] 05_bad: running (PRESET=quick), about 8 min left",
+        "[2/3] 07_test: running (PRESET=quick), about 4 min left",
+        "[3/3] 09_bad: running (PRESET=quick), about 1 min left",  # at the pace of the second
+    ]
+    assert done.returncode and "07_test: done" in done.stdout
+    assert "05_bad is broken" in done.stderr and "09_bad is broken" in done.stderr
+    assert "failed: 05_bad 09_bad (the other figures are in figs/)" in done.stderr
+    assert (copy / "figs/07_line.png").exists()
+
+    # two at a time, and only those that are still to do; one of them is mended
+    write_notebook(copy / "notebooks/09_bad.ipynb", "import time; time.sleep(1)")
+    done = make("-j2", "figs", cwd=copy)
+    assert done.returncode
+    assert [line[:14] for line in progress(done.stdout)] == ["[1/2] 05_bad: ", "[2/2] 09_bad: "]
+    assert "09_bad: done" in done.stdout and "jobserver" not in done.stderr
+    assert "failed: 05_bad (the other" in done.stderr
+
+    # the last run's duration counts from then on; a single figure has no place in a plan
+    (copy / "build/07_test.quick.seconds").write_text("600\n")
+    (copy / "notebooks/05_bad.ipynb").unlink()
+    os.utime(copy / "notebooks/07_test.ipynb")
+    done = make("figs", cwd=copy)
+    assert progress(done.stdout) == ["[1/1] 07_test: running (PRESET=quick), about 10 min left"]
+    assert done.returncode == 0 and int((copy / "build/07_test.quick.seconds").read_text()) < 600
+    (copy / "figs/07_line.png").unlink()
+    done = make("figs/07_line.png", cwd=copy)
+    assert progress(done.stdout) == ["07_test: running (PRESET=quick)"]
+
+
+def test_make_hands_its_settings_on(copy):
+    """Whether they are given as arguments or come from the environment."""
+    for done in (
+        make("-n", "figs", "PRESET=smoke", "MODEL=a", "SVG=1", cwd=copy),
+        make("-n", "figs", cwd=copy, PRESET="smoke", MODEL="a", SVG="1"),
+    ):
+        assert done.returncode == 0 and "nbconvert" in done.stdout
+        for part in ("PRESET=smoke", "MODEL='a'", "STEERLIB_SVG=1", "build/smoke-figs"):
+            assert part in done.stdout
+        assert "PRESET=quick" not in done.stdout
+    assert not (copy / "figs").exists()
+
+
+def test_figures_with_svgs_count_where_none_are_asked_for(copy):
+    def todo(*arguments: str) -> bool:
+        return "nbconvert" in make("-n", "figs", *arguments, cwd=copy).stdout
+
+    (copy / "build").mkdir()
+    for settings, plain, svg in (
+        ("PRESET=quick MODEL= FIGS=figs", False, True),
+        ("PRESET=quick MODEL= FIGS=figs SVG=1", False, False),
+        ("PRESET=paper MODEL= FIGS=figs SVG=1", True, True),
+    ):
+        (copy / "build/07_test.done").write_text(settings + "\n")
+        assert (todo(), todo("SVG=1")) == (plain, svg)
+
+
+def test_every_notebook_has_an_estimate():
+    timed = dict(
+        entry.split(":")
+        for entry in re.search(r"^QUICK_SECONDS := (.+)$", MAKEFILE, re.M)[1].split()
+    )
+    numbers = {path.name[:2] for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
+    assert numbers <= set(timed) and all(int(seconds) for seconds in timed.values())
+
+
+def test_browser_tests_run_in_a_target_of_their_own():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "tests/test_browser.py",
+        "-m",
+    ]
+    for target, marker, found in (
+        ("test", "not browser", False),
+        ("test-browser", "browser", True),
+    ):
+        assert re.search(rf"-m '?{marker}'?$", make("-n", target).stdout.strip())
+        done = subprocess.run([*command, marker], cwd=ROOT, capture_output=True, text=True)
+        assert ("test_web_page" in done.stdout) == found
+
+
+# --- the site -------------------------------------------------------------------------------
+
+
+def test_site(tmp_path, capsys):
+    from steerlib import site
+
+    def write(path: Path, title: str, age: int) -> None:
+        path.parent.mkdir(exist_ok=True)
+        new = nbformat.v4
+        picture = new.new_output("display_data", {"image/png": "aGVsbG8="})
+        notebook = new.new_notebook(
+            cells=[
+                new.new_markdown_cell(f"# {title}\n\n**Question.** Does *x* `<y>`\nfollow [z](u)?"),
+                new.new_markdown_cell("After [the other](02_two.ipynb)."),
+                new.new_code_cell("1", outputs=[picture] if "picture" in title else []),
+            ]
+        )
+        nbformat.write(notebook, path)
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+
+    executed, committed, out = tmp_path / "executed", tmp_path / "committed", tmp_path / "site"
+    write(committed / "01_one.ipynb", "01 committed", age=10)
+    write(executed / "01_one.ipynb", "01 executed & with a picture", age=0)
+    write(committed / "02_two.ipynb", "02 edited since", age=0)
+    write(executed / "02_two.ipynb", "02 executed with a picture", age=10)
+    write(committed / "03_three.ipynb", "03 never executed", age=0)
+    write(committed / "app.ipynb", "no experiment", age=0)
+    site.main(executed, committed, out)
+
+    index = (out / "index.html").read_text()
+    assert "<h2>01 executed &amp; with a picture</h2>" in index
+    assert index.count("<p>Does x &lt;y&gt; follow z?</p>") == 3
+    assert re.findall('href="(.+?)"', index) == ["01_one.html", "02_two.html", "03_three.html"]
+    assert re.findall('src="(.+?)"', index) == ["01_one.png"]
+    assert "02 edited since" in index and "03 never executed" in index
+    assert (out / "01_one.png").read_bytes() == b"hello"
+    page = (out / "01_one.html").read_text()
+    assert 'href="02_two.html"' in page and "01 committed" not in page
+    assert {p.name for p in out.iterdir()} == {
+        "index.html", "01_one.html", "01_one.png", "02_two.html", "03_three.html"
+    }  # fmt: skip
+    assert "open" in capsys.readouterr().out

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import fromstring as parse
 
@@ -13,8 +10,6 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from PIL import Image
 
 import steerlib as sl
 from steerlib import plots
@@ -138,80 +133,3 @@ def test_alignment_escapes_and_shows_spaces(model: Any) -> None:
     real = plots.alignment(sl.align(model, "A <script> & so on", {"v": v})).data
     assert "<script" not in real and "␣wedding" in real and "&amp;" in real
     assert "&lt;|im_start|&gt;" in real
-
-
-# ---------------------------------------------------------------- files
-
-
-@pytest.fixture
-def figs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("STEERLIB_FIGS", str(tmp_path / "a folder" / "figs"))
-    return tmp_path / "a folder" / "figs"
-
-
-def draw() -> Figure:
-    return plots.curves(SWEEP, "layer", "condition", xlabel="layer", ylabel="words")
-
-
-def test_save_figure(figs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRESET", "smoke")
-    path = plots.save_figure(draw(), "01_sweep", SWEEP, model="smollm2-135m", n=24, seed=0)
-    assert path == figs / "01_sweep.png"
-    image = Image.open(path)
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True
-    )
-    expected = {
-        "Title": "01_sweep",
-        "Software": "steerlib",
-        "model": "smollm2-135m",
-        "n": "24",
-        "seed": "0",
-        "preset": "smoke",
-        "commit": head.stdout.decode().strip() or "unknown",
-    }
-    assert expected.items() <= image.text.items()
-    assert {"steerlib", "torch", "transformers", "transformer-lens"} <= set(image.text)
-    assert image.size == (900, 540)  # 6 x 3.6 inches, at 150 dots per inch
-    pd.testing.assert_frame_equal(pd.read_csv(figs / "01_sweep.csv"), SWEEP)
-    assert sorted(f.name for f in figs.iterdir()) == ["01_sweep.csv", "01_sweep.png"]
-    plots.save_figure(draw(), "02_bare")
-    assert not (figs / "02_bare.csv").exists()
-
-
-@pytest.mark.parametrize("broken", ["picture", "numbers", "renaming"])
-def test_a_figure_appears_whole_or_not_at_all(
-    figs: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    plots.save_figure(draw(), "01_sweep", SWEEP)
-    old = {f.name: f.read_bytes() for f in figs.iterdir()}
-
-    def half(self: Any, to: Path, *args: Any, **kwargs: Any) -> None:
-        Path(to).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    target = {
-        "picture": (Figure, "savefig"),
-        "numbers": (pd.DataFrame, "to_csv"),
-        "renaming": (os, "replace"),
-    }[broken]
-    monkeypatch.setattr(*target, half if broken != "renaming" else lambda *a: 1 / 0)
-    with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
-        plots.save_figure(draw(), "01_sweep", SWEEP.head(2), n=1)
-    monkeypatch.undo()
-    assert sorted(f.name for f in figs.iterdir()) == sorted(old)  # nothing half-made beside
-    assert (figs / "01_sweep.csv").read_bytes() == old["01_sweep.csv"]
-    if broken != "numbers":
-        assert (figs / "01_sweep.png").read_bytes() == old["01_sweep.png"]
-
-
-def test_figures_go_to_the_repository_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever the program that draws them was started."""
-    monkeypatch.delenv("STEERLIB_FIGS", raising=False)
-    monkeypatch.chdir("/")
-    monkeypatch.setattr(plots, "__file__", str(tmp_path / "steerlib" / "plots.py"))
-    path = plots.save_figure(draw(), "01_sweep")
-    assert path == tmp_path / "figs" / "01_sweep.png" and path.exists()
-    assert Image.open(path).text["commit"] == "unknown"  # no repository there
