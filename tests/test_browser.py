@@ -35,7 +35,10 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # Errors in the console that are not ours: a part of the message, and whose it is.
-NOT_OURS: dict[str, str] = {}
+NOT_OURS = {
+    "https://cdn.jsdelivr.net/npm/@fortawesome/": "Voilà's template links these icons, from a "
+    "public network that a test machine may not reach; the panels use none",
+}
 
 
 def wait(what: str, done: Callable[[], Any], seconds: float) -> Any:
@@ -200,10 +203,10 @@ PANEL = ".widget-vbox:has(.widget-slider)"  # the outermost comes first
 
 
 def shown(panel: Any) -> str:
-    """Texts and pictures of a panel, but not the sentence that repeats the slider's number."""
-    texts = panel.locator(".widget-html-content").all_inner_texts()
+    """Texts and pictures of a panel, but not the numbers that repeat its sliders."""
+    texts = panel.locator(".widget-html-content:visible").all_inner_texts()
     pictures = panel.locator("img").evaluate_all("all => all.map(i => i.src)")
-    return re.sub(r"coefficient [-+−]?[\d.]+", "", "\n".join(texts + pictures))
+    return re.sub(r"(coefficient|layer) [-+−]?[\d.]+", "", "\n".join(texts + pictures))
 
 
 def move_first_slider(panel: Any, page: Any) -> None:
@@ -271,7 +274,7 @@ def test_notebook(path: Path, lab: tuple[str, Path], page: Any) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{path.stem}.png")
     assert error.count() == 0
-    assert console.ours() == []
+    assert "\n".join(console.ours()) == ""
     choose(page, "Kernel", "Shut Down Kernel")  # the next one needs the memory
     wait("the kernel to end", lambda: kernels(address) == [], 60)
 
@@ -299,9 +302,9 @@ def test_web_page(tmp_path: Path, page: Any) -> None:
         page.goto(address)
         found = page.locator(f".jp-OutputArea-output > {PANEL}")
         wait("the panels", lambda: found.count() == panels, 300)
-        assert "load_model" not in page.content()
+        assert "os.environ" not in page.content()
         for i in range(panels):
             move_first_slider(found.nth(i), page)
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / "app.png", full_page=True)
-        assert console.ours() == []
+        assert "\n".join(console.ours()) == ""
