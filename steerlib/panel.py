@@ -14,6 +14,7 @@ import html
 import io
 import signal
 import threading
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ class Panel(ipw.VBox):
         if data is not None and self.picture.layout.display == "none":
             data["text/html"] = self.output.value
         elif data is not None:
-            data["image/png"] = self.picture.value
+            data["image/png"] = b64encode(self.picture.value).decode()
         return data
 
 
