@@ -550,7 +550,7 @@ def _clear_leftovers(folder: Path) -> None:
     """Remove what a killed run left half-written; an hour is longer than any writing takes."""
     for part in folder.glob(".*.part"):
         with suppress(OSError):  # another process may have done it
-            if time.time() - part.stat().st_mtime > 3600:
+            if time.time() - part.lstat().st_mtime > 3600:
                 part.unlink()
 
 
@@ -559,9 +559,10 @@ def _notebook(name: str) -> str:
     session = os.environ.get("JPY_SESSION_NAME", "")
     if session.endswith(".ipynb"):
         return Path(session).name
-    number = name.split("_")[0]
-    found = sorted((Path(__file__).parents[1] / "notebooks").glob(f"{number}_*.ipynb"))
-    return found[0].name if found else "unknown"
+    pattern = f"{name.split('_')[0]}_*.ipynb"
+    with suppress(OSError, StopIteration):  # not readable, or none of that number
+        return next((Path(__file__).parents[1] / "notebooks").glob(pattern)).name
+    return "unknown"
 
 
 def _dtype(model: object) -> str:
@@ -575,20 +576,17 @@ def _dtype(model: object) -> str:
 def _commit() -> str:
     """The commit that is checked out, and whether code or data differ from it."""
     root = Path(__file__).parents[1]
-    if not (root / ".git").exists():  # installed into someone's project, whose commits are its own
-        return "unknown"
-    git = ["git", "-C", str(root)]
-    try:
-        head, changes = (
-            subprocess.run([*git, *rest], capture_output=True, text=True, check=True).stdout.strip()
-            for rest in (
-                ["rev-parse", "--short", "HEAD"],
-                ["status", "--porcelain", "--", "steerlib", "data"],
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head} with changes" if changes else head
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with suppress(OSError, subprocess.CalledProcessError):
+        if (root / ".git").exists():  # or it is installed into a project with commits of its own
+            head = git("rev-parse", "--short", "HEAD")
+            changed = git("status", "--porcelain", "--", "steerlib", "data")
+            return f"{head} with changes" if changed else head
+    return "unknown"
 
 
 def _version(package: str) -> str:

@@ -134,7 +134,7 @@ def listening(pid: int) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Address of a JupyterLab, and the folder of notebooks that it shows."""
     folder = checkout(tmp_path_factory.mktemp("lab"))
     for path in sorted((folder / "notebooks").glob("*.ipynb")):
