@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE = {"width": "95%"}
-LINE = "white-space:pre-wrap;overflow-wrap:anywhere"
+LINE = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4"
 
 
 class Panel(ipw.VBox):
@@ -36,7 +36,8 @@ class Panel(ipw.VBox):
     def __init__(self) -> None:
         super().__init__()
         self.output = ipw.HTML()
-        self.picture = ipw.Image(format="png", layout={"display": "none", "max_width": "100%"})
+        own_size = {"align_self": "flex-start", "max_width": "100%"}
+        self.picture = ipw.Image(format="png", layout={"display": "none", **own_size})
         self._task: asyncio.Task[None] | None = None
         self._loop = _running_loop()
 
@@ -151,7 +152,7 @@ def in_rows(*groups: Sequence[ipw.Widget]) -> list[ipw.Widget]:
 
 def table_row(*cells: str, tag: str = "td") -> str:
     """A row of an HTML table, escaped."""
-    style = "text-align:left;vertical-align:top;padding-right:1em"
+    style = "text-align:left;vertical-align:top;padding-right:1em;line-height:1.5"
     return f"<tr>{''.join(f'<{tag} style={style!r}>{html.escape(c)}</{tag}>' for c in cells)}</tr>"
 
 
@@ -159,7 +160,7 @@ def png(figure: Figure) -> bytes:
     """The figure as a file, and closed: otherwise a notebook shows it once more."""
     buffer = io.BytesIO()
     try:
-        figure.savefig(buffer, format="png", dpi=80)
+        figure.savefig(buffer, format="png", dpi=100)
     finally:
         plt.close(figure)
     return buffer.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_a_layer_is_fitted_once_and_nothing_is_drawn_twice(
     p.layer.value, p.x.value = 1, "pc1"
     assert p.picture.value == first and len(fitted) == 2 and len(drawn) == 6
     page = p._repr_mimebundle_()
-    assert page["image/png"] == first and "text/html" not in page
+    assert b64decode(page["image/png"]) == first and "text/html" not in page
 
 
 def test_questions_without_claims_have_two_groups() -> None:
