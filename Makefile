@@ -46,6 +46,7 @@ PY   := $(VENV)/bin/python
 PIP  := "$(PY)" -m pip --disable-pip-version-check install -qq -c constraints.txt
 BASE := $(VENV)/.steerlib-base
 DEV  := $(VENV)/.steerlib-dev
+JUDGES := $(VENV)/.steerlib-judges
 
 # What tests and benchmarks compare with. Both declare older versions of transformers and numpy
 # than they can live with, so they go in without dependencies: they import nothing that the base
@@ -77,6 +78,12 @@ $(DEV): $(BASE)
 	@echo 'installing what its tests and benchmarks need'
 	@$(PIP) -e '.[dev]'
 	@$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+# The sentence embeddings that one notebook judges with: some 90 MB that nothing else needs.
+$(JUDGES): $(BASE)
+	@echo 'installing the judges of 09_dilemmas'
+	@$(PIP) -e '.[judges]'
 	@touch $@
 
 # The interpreter went away under the environment: make it again.
@@ -167,6 +174,8 @@ $(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
 	echo $$seconds > $(STATE)/$*.$(PRESET).seconds && echo 'done $*' >> $(or $(PLAN),/dev/null) && \
 	touch -r $@.part $@.figures && cat $@.figures >> $@.part && \
 	touch -r $@.figures $@.part && rm $@.figures && mv $@.part $@
+
+$(filter $(STATE)/09_%,$(DONE)): | $(JUDGES)
 
 define figures_of_number
 $(FIGS)/$(1)_%: $(filter $(STATE)/$(1)_%,$(DONE))

@@ -1,7 +1,8 @@
 """`make bench`: measure, print one table, write results.json, README.md's table and growth.png.
 
 Ours and the peer's runs alternate in one process, and medians are compared. ``--quick`` measures
-everything once, with less work, to see that it runs.
+everything once, with less work, to see that it runs. ``--only`` measures some lines again and
+leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Line:
     met: bool | None = None
     unit: str = "s"
     note: str = ""
+    part: str = ""  # of the names that --only takes
 
     @property
     def ratio(self) -> float | None:
@@ -113,8 +115,6 @@ class Bench:
         self.direction = sl.SteeringVector(
             {3: self.vector.layers[3][-1:]}, site="resid_pre", at="generated"
         )
-        self.memory: dict[str, float] = {}
-        self.speed: dict[int, float] = {}  # tokens/s by batch
 
     def ours(self, conditions: Any, n_samples: int, n_tokens: int, prompts: Any = None) -> Any:
         prompts = self.prompts if prompts is None else prompts
@@ -126,12 +126,6 @@ class Bench:
         fractions = [i / 10 for i in range(11)]
         named = {str(f): self.vector.truncate(f) if f else None for f in fractions}
         flat = [(3, self.direction.truncate(f).layers[3][0]) for f in fractions]
-        tables: list[Any] = []
-
-        def ours() -> None:
-            with Peak() as peak:
-                tables.append(self.ours(named, 10, n_tokens))
-            self.memory["sweep"] = peak.megabytes
 
         def loop(name: str) -> Callable[[], None]:
             turns = iter(range(0, 1000, part))
@@ -140,15 +134,12 @@ class Bench:
                 # A few conditions in every round, others each time: all cost the same.
                 first = next(turns)
                 chosen = [flat[(first + i) % len(flat)] for i in range(part)]
-                with Peak() as peak:
-                    self.theirs[name].sweep(chosen, self.prompts, 10, n_tokens)
-                self.memory[f"sweep {name}"] = peak.megabytes
+                self.theirs[name].sweep(chosen, self.prompts, 10, n_tokens)
 
             return run
 
+        ours = partial(self.ours, named, 10, n_tokens)
         times = compare(self.rounds, ours, *map(loop, self.theirs))
-        tokens = statistics.median(int((t.n_tokens + t.stopped).sum()) for t in tables)
-        self.speed[len(tables[0])] = tokens / times[0]
         scale = len(flat) / part
         for i, name in enumerate(self.theirs, start=1):
             yield Line(
@@ -195,7 +186,6 @@ class Bench:
 
             with endless():
                 mine, peer = compare(self.rounds, ours, theirs)
-            self.speed[batch] = batch * n / mine
             yield Line(
                 "4",
                 f"unsteered vs TransformerBridge.generate, batch {batch}, {n} tokens",
@@ -209,9 +199,7 @@ class Bench:
         """5 and part of 8: activations of contrast pairs."""
 
         def ours() -> None:
-            with Peak() as peak:
-                sl.capture_pairs(self.model, self.questions, ["A", "B"])
-            self.memory["pairs"] = peak.megabytes
+            sl.capture_pairs(self.model, self.questions, ["A", "B"])
 
         best = {}
         few = self.pairs[:40]
@@ -219,15 +207,8 @@ class Bench:
             sizes = {n: compare(1, lambda p=peer, n=n: p.read(few, n))[0] for n in (4, 16, 40)}
             best[name] = min(sizes, key=sizes.__getitem__)
 
-        def reading(name: str) -> Callable[[], None]:
-            def run() -> None:
-                with Peak() as peak:
-                    self.theirs[name].read(self.pairs, best[name])
-                self.memory[f"pairs {name}"] = peak.megabytes
-
-            return run
-
-        times = compare(self.rounds, ours, *map(reading, self.theirs))
+        peers = [partial(p.read, self.pairs, best[name]) for name, p in self.theirs.items()]
+        times = compare(self.rounds, ours, *peers)
         for i, name in enumerate(self.theirs, start=1):
             yield Line(
                 "5",
@@ -290,7 +271,7 @@ class Bench:
         shown: list[float] = []
         panel.output.observe(lambda _: shown.append(time.perf_counter()), "value")
         waits = []
-        for coefficient in range(1, 2 * self.rounds + 2):
+        for coefficient in range(1, 2 * self.rounds + 1):  # within the slider, none twice in a row
             shown.clear()
             begin = time.perf_counter()
             panel.coefficient.value = coefficient
@@ -304,19 +285,41 @@ class Bench:
             met=wait < 0.3,
         )
 
+    def peak(self, what: str, who: str) -> float:
+        """Megabytes by which this process grows, once, for line 8."""
+        fractions = {str(i): self.vector.truncate(i / 10) if i else None for i in range(11)}
+        peer = self.theirs.get(who)
+        with Peak() as peak:
+            if what == "sweep" and peer is None:
+                self.ours(fractions, 10, 4 if self.quick else 40)
+            elif what == "sweep" and peer is not None:
+                one = [(3, self.direction.layers[3][0])]
+                peer.sweep(one, self.prompts, 10, 4 if self.quick else 40)
+            elif peer is None:
+                sl.capture_pairs(self.model, self.questions, ["A", "B"])
+            else:
+                peer.read(self.pairs, 16)
+        return peak.megabytes
+
     def peaks(self) -> Iterator[Line]:
-        """8: memory on top of the loaded models, seen during 1 and 5."""
-        for what in ("sweep", "pairs"):
+        """8: memory on top of the loaded models, each time in a fresh process."""
+
+        def measure(what: str, who: str) -> float:
+            more = ["--quick"] if self.quick else []
+            command = [sys.executable, "-m", "benchmarks", *more, "--peak", what, who]
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=HERE.parent
+            )
+            return float(done.stdout.split()[-1])
+
+        for what, line in (("sweep", "1"), ("pairs", "5")):
+            mine = measure(what, "steerlib")
             for name in self.theirs:
-                line = "1" if what == "sweep" else "5"
+                note = "all 660 rows at once; peer: 60" if what == "sweep" else "peer: batch 16"
                 yield Line(
-                    "8",
-                    f"peak memory of {line} vs {name}",
-                    self.memory[what],
-                    self.memory[f"{what} {name}"],
-                    "report",
-                    unit="MB",
-                )
+                    "8", f"peak memory of {line} vs {name}", mine, measure(what, name),
+                    "report", unit="MB", note=note,
+                )  # fmt: skip
 
     def limits(self) -> Iterator[Line]:
         """9: tokens/s against what the machine allows. Here "ours" is what was reached."""
@@ -325,7 +328,10 @@ class Bench:
         big = torch.ones(128_000_000)
         bandwidth = big.nbytes / min(compare(1, big.sum)[0] for _ in range(5))
         weights = sum({id(p): p.numel() for p in self.model.original_model.parameters()}.values())
-        for batch, speed in sorted(self.speed.items()):
+        for batch, n in ((1, 8), (100, 4)) if self.quick else ((1, 40), (100, 20), (660, 20)):
+            with endless():
+                (taken,) = compare(2, partial(self.ours, {"x": None}, batch, n, self.prompts[0]))
+            speed = batch * n / taken
             limit = bandwidth / (4 * weights) if batch == 1 else flops / (2 * weights)
             why = (
                 f"{bandwidth / 1e9:.0f} GB/s / {4 * weights / 1e6:.0f} MB of weights"
@@ -434,38 +440,54 @@ def table(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
+NAMES = "sweep steered bridge contrast answers cold_start peaks limits panel".split()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of less work: does it run?")
-    parser.add_argument("--only", nargs="*", help="names of lines, such as sweep or contrast")
+    parser.add_argument("--only", nargs="*", help=f"some of: {', '.join(NAMES)}, growth")
     parser.add_argument("--output", type=Path, help="folder for what is written (default: here)")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a process of line 8
     arguments = parser.parse_args()
-    begin, bench, lines = time.time(), Bench(arguments.quick), []
     tqdm.__init__ = _silent(tqdm.__init__)  # type: ignore[method-assign]
-    names = "sweep steered bridge contrast answers cold_start peaks limits panel".split()
-    chosen = arguments.only or [*names, "growth"]
-    for name in [n for n in names if n in chosen]:
-        for line in getattr(bench, name)():
-            lines.append(line)
-            print(table([line]).splitlines()[-1], flush=True)
+    bench = Bench(arguments.quick)
+    if arguments.peak:
+        print(bench.peak(*arguments.peak))
+        return
+    chosen = arguments.only or [*NAMES, "growth"]
+    output = arguments.output or (None if arguments.quick else HERE)
+    path = output and output / "results.json"
+    results: dict[str, Any] = {"setting": "", "lines": [], "growth": {}}
+    if path and path.exists() and arguments.only:
+        results = json.loads(path.read_text())
     rounds = f"{bench.rounds} alternating run{'s' * (bench.rounds > 1)}"
     heading = f"{MODEL}, float32; {machine()}. Medians of {rounds}; ratio = peer / ours."
-    print(f"\n{heading}\n\n{table(lines)}\n\n{time.time() - begin:.0f} s in all")
-    output = arguments.output or (HERE if not arguments.quick and not arguments.only else None)
-    if output is None:
-        return  # a part, or a quick look, does not replace the real numbers
+    results["setting"] = heading
+    for name in [n for n in NAMES if n in chosen]:
+        found = []
+        for line in getattr(bench, name)():
+            found.append(replace(line, part=name))
+            print(table(found[-1:]).splitlines()[-1], flush=True)
+        others = [x for x in results["lines"] if x["part"] != name]
+        results["lines"] = others + [asdict(x) | {"ratio": x.ratio} for x in found]
+        results["lines"].sort(key=lambda x: NAMES.index(x["part"]))
+        if output:
+            write(output, results)  # what has been measured stays, whatever comes next
+    if output and "growth" in chosen:
+        results["growth"] = bench.growth(output / "growth.png")
+        write(output, results)
+
+
+def write(output: Path, results: dict[str, Any]) -> None:
+    """results.json, and README.md with its table."""
     output.mkdir(parents=True, exist_ok=True)
-    grown = bench.growth(output / "growth.png") if "growth" in chosen else {}
-    results = {
-        "setting": heading,
-        "lines": [asdict(x) | {"ratio": x.ratio} for x in lines],
-        "growth": grown,
-    }
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    readme = HERE / "README.md"
-    text = readme.read_text()
+    lines = [Line(**{k: v for k, v in x.items() if k != "ratio"}) for x in results["lines"]]
+    text = (HERE / "README.md").read_text()
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    (output / "README.md").write_text(f"{head}{BEGIN}\n{heading}\n\n{table(lines)}\n{END}{tail}")
+    body = f"{BEGIN}\n{results['setting']}\n\n{table(lines)}\n{END}"
+    (output / "README.md").write_text(head + body + tail)
 
 
 def _silent(original: Any) -> Any:
