@@ -186,7 +186,8 @@ def copy(tmp_path):
     python = folder / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    (folder / ".venv/.steerlib-base").touch()
+    for part in ("base", "judges"):
+        (folder / f".venv/.steerlib-{part}").touch()
     write_notebook(
         folder / "notebooks/07_test.ipynb",
         "import os, pathlib, ipywidgets\nfigs = pathlib.Path(os.environ['STEERLIB_FIGS'])",
@@ -253,25 +254,25 @@ def progress(output: str) -> list[str]:
 
 
 def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy):
-    for name in ("05_bad", "09_bad"):
+    for name in ("05_bad", "08_bad"):
         write_notebook(copy / f"notebooks/{name}.ipynb", f"raise ValueError('{name} is broken')")
     done = make("figs", cwd=copy)
     assert progress(done.stdout) == [  # by the Makefile's table, as nothing has run here before
         "[1/3] 05_bad: running (PRESET=quick), about 8 min left",
         "[2/3] 07_test: running (PRESET=quick), about 4 min left",
-        "[3/3] 09_bad: running (PRESET=quick), about 1 min left",  # at the pace of the second
+        "[3/3] 08_bad: running (PRESET=quick), about 1 min left",  # at the pace of the second
     ]
     assert done.returncode and "07_test: done" in done.stdout
-    assert "05_bad is broken" in done.stderr and "09_bad is broken" in done.stderr
-    assert "failed: 05_bad 09_bad (the other figures are in figs/)" in done.stderr
+    assert "05_bad is broken" in done.stderr and "08_bad is broken" in done.stderr
+    assert "failed: 05_bad 08_bad (the other figures are in figs/)" in done.stderr
     assert (copy / "figs/07_line.png").exists()
 
     # two at a time, and only those that are still to do; one of them is mended
-    write_notebook(copy / "notebooks/09_bad.ipynb", "import time; time.sleep(1)")
+    write_notebook(copy / "notebooks/08_bad.ipynb", "import time; time.sleep(1)")
     done = make("-j2", "figs", cwd=copy)
     assert done.returncode
-    assert [line[:14] for line in progress(done.stdout)] == ["[1/2] 05_bad: ", "[2/2] 09_bad: "]
-    assert "09_bad: done" in done.stdout and "jobserver" not in done.stderr
+    assert [line[:14] for line in progress(done.stdout)] == ["[1/2] 05_bad: ", "[2/2] 08_bad: "]
+    assert "08_bad: done" in done.stdout and "jobserver" not in done.stderr
     assert "failed: 05_bad (the other" in done.stderr
 
     # the last run's duration counts from then on; a single figure has no place in a plan
