@@ -411,5 +411,5 @@ def fit_direction(diffs: torch.Tensor, method: str = "mean", component: int = 0)
         scale = float(diffs.norm(dim=-1).mean()) or 1.0
         probe = LogisticRegression(fit_intercept=False, max_iter=1000).fit(both / scale, label)
         direction = torch.from_numpy(probe.coef_[0])
-        direction = direction / direction.norm()
+        direction = direction / (direction.norm() or 1.0)  # nothing to find: zeros, not NaN
     return direction if direction @ mean >= 0 else -direction

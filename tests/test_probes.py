@@ -179,3 +179,16 @@ def test_fit_gives_unit_directions_to_the_first_prompts() -> None:
 def test_bad_input_gets_one_sentence(call: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(*synthetic(20))  # type: ignore[operator]
+
+
+def test_a_probe_that_finds_nothing_is_zero_and_a_coin_toss() -> None:
+    """As many differences +d as -d: no direction, and no NaN in the accuracies."""
+    d = torch.tensor([1.0, 2.0, 0.0, -1.0]).double()
+    acts = torch.zeros(20, 2, 4).double()
+    acts[:, 0] = d * torch.tensor([1.0, -1.0] * 10)[:, None]
+    assert not sl.probes.fit(acts, "logistic")["logistic"].any()
+    rows = [(i, i // 2, i % 2 == 0, a, (a == "A") == (i % 2 == 0)) for i in range(20) for a in "AB"]
+    labels = pd.DataFrame(rows, columns=["id", "pair", "truth", "label", "honest"])
+    labels = labels.sort_values(["id", "honest"], ascending=[True, False], ignore_index=True)
+    table = sl.layer_accuracy(acts[:, :, None], labels, recipes=["logistic"], n_controls=2)
+    assert (table[table.recipe == "logistic"].accuracy == 0.5).all()
