@@ -237,7 +237,12 @@ def _capture_groups(
     )
     order = sorted(range(len(groups)), key=lambda g: max(map(len, groups[g])))
     batches = list(_batches(order, lambda g: sum(map(len, groups[g]))))
-    with torch.no_grad(), tqdm(total=len(order), unit="prompt", delay=3, leave=False) as bar:
+    # A bar for one batch would only be clutter, and a widget in the notebook's file.
+    short = len(batches) == 1
+    with (
+        torch.no_grad(),
+        tqdm(total=len(order), unit="prompt", delay=3, leave=False, disable=short) as bar,
+    ):
         for batch in batches:
             known = (
                 None
