@@ -112,6 +112,21 @@ def input_device(model: TransformerBridge) -> torch.device:
     return model.original_model.get_input_embeddings().weight.device
 
 
+def weights(model: TransformerBridge) -> tuple[str, str]:
+    """Which weights these are and their dtype: what any result kept on disk depends on.
+
+    Raises:
+        ValueError: the model did not come from `models.load_model`.
+    """
+    identity = getattr(model.cfg, "steerlib_id", None)
+    if identity is None:
+        raise ValueError(
+            f"cache= needs to know the weights of {model.cfg.model_name!r}: load the model "
+            "with steerlib.load_model."
+        )
+    return identity, str(model.cfg.dtype)
+
+
 def logits_at(tokens: torch.Tensor, *columns: int) -> torch.Tensor:
     """As ``logits_to_keep``: the unembedding of these columns alone, of none if none are named.
 
@@ -273,13 +288,7 @@ class _Known:
     """The file that holds a batch, named by what its activations depend on."""
 
     def __init__(self, folder: Path, model: TransformerBridge, *facts: Any):
-        identity = getattr(model.cfg, "steerlib_id", None)
-        if identity is None:
-            raise ValueError(
-                f"cache= needs to know the weights of {model.cfg.model_name!r}: load the model "
-                "with steerlib.load_model."
-            )
-        key = hashlib.sha256(repr((identity, str(model.cfg.dtype), *facts)).encode()).hexdigest()
+        key = hashlib.sha256(repr((*weights(model), *facts)).encode()).hexdigest()
         self.path = folder / f"{key[:32]}.safetensors"
 
     def read(self) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,23 +46,51 @@ def mean_interval(
     The percentile bootstrap; where all values are equal it has no width. There one-sided
     knowledge remains: of n zeros, a mean of up to about 3/n events would go unseen.
     """
-    from scipy.stats import bootstrap
-
     sample = np.asarray(list(values), dtype=float)
     if not len(sample):
         raise ValueError("There are no values to average.")
     mean = float(sample.mean())
     if len(sample) == 1 or np.ptp(sample) == 0:
         return mean, mean, mean
-    result = bootstrap(
-        (sample,),
-        np.mean,
+    return bootstrap_interval(
+        np.mean, sample, confidence=confidence, n_resamples=n_resamples, seed=seed
+    )
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Any],
+    *samples: np.ndarray,
+    confidence: float = 0.95,
+    n_resamples: int = 5000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """A statistic of one or several samples, with its percentile bootstrap interval.
+
+    Args:
+        statistic: of as many arrays as there are samples; each is resampled on its own.
+
+    Returns:
+        ``(value, low, high)``; the limits are NaN if a sample has one value only.
+
+    Raises:
+        ValueError: an empty sample.
+    """
+    from scipy.stats import bootstrap
+
+    if not samples or not all(map(len, samples)):
+        raise ValueError("There are no values to draw from.")
+    value = float(statistic(*samples))
+    if min(map(len, samples)) == 1:
+        return value, float("nan"), float("nan")
+    interval = bootstrap(
+        samples,
+        statistic,
         confidence_level=confidence,
         n_resamples=n_resamples,
         method="percentile",
         rng=np.random.default_rng(seed),
-    )
-    return mean, float(result.confidence_interval.low), float(result.confidence_interval.high)
+    ).confidence_interval
+    return value, float(interval.low), float(interval.high)
 
 
 def proportion_interval(

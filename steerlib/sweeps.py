@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import generation
-from .activations import encode
+from .activations import encode, weights
 from .files import whole
 from .generation import Row, Sampling, Stop, make_rows
 from .interventions import Add, Condition
@@ -238,14 +238,8 @@ class Store:
     ):
         if callable(stop):
             raise ValueError("cache= needs stop to be text: a function has no lasting identity.")
-        identity = getattr(model.cfg, "steerlib_id", None)
-        if identity is None:
-            raise ValueError(
-                f"cache= needs to know the weights of {model.cfg.model_name!r}: load the model "
-                "with steerlib.load_model."
-            )
         self.folder = folder
-        facts = [_KEY_FORMAT, identity, str(model.cfg.dtype), asdict(sampling), seed, stop]
+        facts = [_KEY_FORMAT, *weights(model), asdict(sampling), seed, stop]
         self._common = json.dumps(facts, sort_keys=True)
 
     def _key(self, row: Row, prompt: str) -> str:

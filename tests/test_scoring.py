@@ -210,3 +210,22 @@ def test_no_condition_shifts_nothing(model: Any) -> None:
 def test_bad_input_gets_a_sentence(tiny: Any, call: Callable[[Any], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(tiny("llama")[0])
+
+
+def test_bootstrap_interval_of_two_samples_is_that_of_a_difference() -> None:
+    """Against the normal approximation of a difference of means, and its corner cases."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(3, 1, 400), rng.normal(1, 2, 300)
+
+    def difference(x: Any, y: Any) -> Any:
+        return x.mean() - y.mean()
+
+    value, low, high = scoring.bootstrap_interval(difference, a, b)
+    half = 1.96 * (a.var() / len(a) + b.var() / len(b)) ** 0.5
+    assert value == pytest.approx(a.mean() - b.mean())
+    assert (low, high) == pytest.approx((value - half, value + half), abs=0.03)
+    assert scoring.bootstrap_interval(np.mean, a) == scoring.mean_interval(a)
+    value, low, high = scoring.bootstrap_interval(difference, a, b[:1])
+    assert value == pytest.approx(a.mean() - b[0]) and math.isnan(low) and math.isnan(high)
+    with pytest.raises(ValueError, match="no values"):
+        scoring.bootstrap_interval(difference, a, b[:0])
