@@ -24,7 +24,7 @@ endif
 FIGS  ?= $(if $(filter smoke,$(PRESET)),build/smoke-figs,figs)
 STATE := $(if $(filter smoke,$(PRESET)),build/smoke,build)
 
-.PHONY: help setup figs notebooks lab app site test test-browser lint bench clean FORCE
+.PHONY: help setup figs notebooks lab app site effects test test-browser lint check bench clean FORCE
 
 help:
 	@awk -F ':.*## |: ' \
@@ -47,6 +47,7 @@ PIP  := "$(PY)" -m pip --disable-pip-version-check install -qq -c constraints.tx
 BASE := $(VENV)/.steerlib-base
 DEV  := $(VENV)/.steerlib-dev
 JUDGES := $(VENV)/.steerlib-judges
+SITE := $(VENV)/.steerlib-site
 
 # What tests and benchmarks compare with. Both declare older versions of transformers and numpy
 # than they can live with, so they go in without dependencies: they import nothing that the base
@@ -86,6 +87,11 @@ $(JUDGES): $(BASE)
 	@$(PIP) -e '.[judges]'
 	@touch $@
 
+$(SITE): $(BASE)
+	@echo 'installing what makes the site'
+	@$(PIP) -e '.[site]'
+	@touch $@
+
 # The interpreter went away under the environment: make it again.
 ifneq ($(shell test -x "$(PY)" || echo gone),)
 $(BASE): FORCE
@@ -102,7 +108,7 @@ endif
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)))
 NUMBERS   := $(sort $(foreach n,$(NOTEBOOKS),$(firstword $(subst _, ,$(n)))))
 DONE      := $(NOTEBOOKS:%=$(STATE)/%.done)
-SOURCES   := $(wildcard steerlib/*.py) \
+SOURCES   := $(shell find steerlib -name '*.py') \
   $(shell test ! -d data || find data -type f ! -name '*.md' ! -name '*.py' ! -name '*.pyc' ! -path '*/.*')
 
 # How long each notebook takes in a quick run on two cores, in seconds: for the time left that a
@@ -211,8 +217,13 @@ app: $(BASE) ## open the panels as one web page, for this machine only
 	@$(NOTEBOOK_ENV) "$(PY)" -m voila notebooks/app.ipynb --Voila.ip=127.0.0.1 \
 	  --KernelManager.transport_encryption=auto $(QUIETLY) $(ARGS)
 
-site: $(BASE) ## turn the notebooks into web pages, build/site/index.html first
-	@"$(PY)" -m steerlib.site $(STATE)/notebooks notebooks $(STATE)/site
+site: $(SITE) ## turn notebooks and docstrings into web pages, build/site/index.html first
+	@EXECUTED='$(STATE)/notebooks' "$(PY)" -m sphinx -q -d $(STATE)/doctrees docs $(STATE)/site
+	@echo 'open $(STATE)/site/index.html'
+
+
+effects: $(BASE) ## choose layer and strength of every demonstration in MODEL and measure it: data/results
+	@"$(PY)" data/make_settings.py $(or $(MODEL),smollm2-135m) $(ARGS)
 
 
 # --- work on the code ----------------------------------------------------------------------
@@ -227,9 +238,13 @@ lint: $(DEV) ## check style and types
 	@"$(PY)" -m ruff check .
 	@"$(PY)" -m ruff format --check . || { echo 'to mend this: $(PY) -m ruff format .' >&2; exit 1; }
 	@"$(PY)" -m mypy steerlib
+	@"$(VENV)/bin/lint-imports" > $(VENV)/imports.log || { cat $(VENV)/imports.log >&2; exit 1; }
+
+check: lint ## the inner loop: style, types and the fast tests, in a minute and a half
+	@"$(PY)" -m pytest -q -m 'not browser and not slow' $(ARGS)
 
 bench: $(DEV) ## measure speed, beside steering-vectors and repeng
 	@"$(PY)" -m benchmarks $(ARGS)
 
 clean: ## remove build/ and .venv, never figs/ or the downloaded models
-	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build docs/api docs/notebooks docs/contributing.md .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

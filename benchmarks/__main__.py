@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import steerlib as sl
-from steerlib import generation
+from steerlib.engine import decode
 
 from .peers import Repeng, SteeringVectors
 
@@ -90,7 +90,7 @@ class Peak:
 @contextmanager
 def endless() -> Iterator[None]:
     """No token ends a text, so that every run decodes the same number of tokens."""
-    with mock.patch.object(generation, "end_tokens", lambda model: set()):
+    with mock.patch.object(decode, "end_tokens", lambda model: set()):
         yield
 
 
@@ -265,7 +265,7 @@ class Bench:
 
     def panel(self) -> Iterator[Line]:
         """10: how soon a panel shows its first new token."""
-        panel = sl.widgets.SteeringPanel(
+        panel = sl.panels.SteeringPanel(
             self.model, self.prompts[0], " wedding", " ", layer=3, max_new_tokens=4
         )
         shown: list[float] = []

@@ -1,44 +1,71 @@
 """Activation steering of language models on TransformerLens hook points.
 
+The core says what steering is: `tokens`, `activations`, `directions`, `vectors`, `interventions`,
+`hooks`. Behind it stand four rooms: `models` (a name in, a bridge out), `engine` (many rows at
+once), `measure` (numbers), `lab` (what notebooks need).
+
 The names below are the whole public interface. They are imported on first use, so that
 ``import steerlib`` stays quick although torch and TransformerLens are not.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
-    "load_model": "models",
-    "list_models": "models",
+    "load_model": "models.loading",
+    "list_models": "models.loading",
+    "encode": "tokens",
     "capture": "activations",
     "capture_pairs": "activations",
-    "encode": "activations",
+    "fit_direction": "directions",
     "SteeringVector": "vectors",
+    "controls": "vectors",
+    "Control": "vectors",
+    "Intervention": "interventions",
     "Add": "interventions",
     "Ablate": "interventions",
-    "Steering": "interventions",
-    "align": "interventions",
-    "generate": "sweeps",
-    "choice_probabilities": "sweeps",
-    "capture_generation": "sweeps",
-    "perplexity": "scoring",
-    "completion_surprisal": "scoring",
-    "next_token_shift": "scoring",
-    "kl_by_prompt": "scoring",
-    "token_changes": "scoring",
-    "relative_norms": "scoring",
-    "logit_lens": "scoring",
-    "count_words": "scoring",
-    "parse_choice": "scoring",
-    "mean_interval": "scoring",
-    "proportion_interval": "scoring",
-    "contrast_pairs": "datasets",
-    "layer_accuracy": "probes",
-    "save_figure": "plots",
+    "steer": "hooks",
+    "hooks": "hooks",
+    "steered_logits": "hooks",
+    "generate": "engine.generate",
+    "choice_probabilities": "engine.generate",
+    "capture_generation": "engine.generate",
+    "propensity": "measure.logprobs",
+    "continuation_table": "measure.logprobs",
+    "perplexity": "measure.logprobs",
+    "completion_surprisal": "measure.logprobs",
+    "next_token_shift": "measure.logprobs",
+    "kl_by_prompt": "measure.logprobs",
+    "token_changes": "measure.logprobs",
+    "relative_norms": "measure.lens",
+    "logit_lens": "measure.lens",
+    "count_words": "measure.answers",
+    "parse_choice": "measure.answers",
+    "layer_accuracy": "measure.probes",
+    "mean_interval": "measure.stats",
+    "proportion_interval": "measure.stats",
+    "contrast_pairs": "lab.datasets",
+    "align": "lab.tables",
+    "save_figure": "lab.provenance",
 }
-_MODULES = {"activations", "datasets", "judges", "plots", "probes", "scoring", "widgets"}
+# Modules that notebooks use by name, under the name of the module alone.
+_MODULES = {
+    "activations": "activations",
+    "directions": "directions",
+    "stats": "measure.stats",
+    "probes": "measure.probes",
+    "datasets": "lab.datasets",
+    "demonstrations": "lab.demonstrations",
+    "judges": "lab.judges",
+    "panels": "lab.panels",
+    "plots": "lab.plots",
+    "settings": "lab.settings",
+    "tables": "lab.tables",
+}
 __all__ = [*_HOME, *sorted(_MODULES)]
 
 
@@ -46,9 +73,22 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{_MODULES[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+class _Package(ModuleType):
+    """``steerlib.hooks`` is the function, although a module of that name lies beside this file."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system would put the module there as soon as anything imports it.
+        if name == "hooks" and isinstance(value, ModuleType):
+            value = value.hooks
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,7 +1,5 @@
 """Prompts in, residual-stream tensors out.
 
-Tokens are counted in the *unpadded* sequence, BOS included; batches are padded on the left, so
-that the last prompt token of every row stands in the last column and decoding can go on from it.
 Whatever several sequences have in common at their start is run once and its key-value cache is
 shared: contrast pairs differ in a few tokens only, and all prompts of a set often begin with the
 same instruction.
@@ -9,20 +7,26 @@ same instruction.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import index
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .files import whole
+from .files import Store, digest, model_key
+from .tokens import (
+    Prompt,
+    columns_of,
+    common_prefix,
+    encode,
+    input_device,
+    pad_id,
+    pad_left,
+    prompt_ids,
+)
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -31,26 +35,6 @@ SITES = ("resid_pre", "resid_post")
 # Residual-stream elements that one pass may hold per layer; bounds memory, not accuracy.
 _TOKENS_PER_BATCH = 8192
 _WORTH_SHARING = 8  # tokens; a shorter header costs more as a pass of its own than it saves
-
-
-def encode(model: TransformerBridge, text: str) -> list[int]:
-    """Token ids of ``text`` as the model should see it: BOS in front exactly once.
-
-    BOS is added if the model has one (``model.cfg.default_prepend_bos``) and the text does not
-    already begin with it, as text from a chat template often does.
-
-    Raises:
-        ValueError: ``text`` is not a string, or gives no token at all.
-    """
-    if not isinstance(text, str):
-        raise ValueError(f"A prompt must be a string, got {type(text).__name__}: {text!r}.")
-    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise ValueError(f"The prompt {text!r} is empty: it has to give at least one token.")
-    bos = model.tokenizer.bos_token_id
-    if model.cfg.default_prepend_bos and bos is not None and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return ids
 
 
 def check_layers(model: TransformerBridge, layers: int | Iterable[int] | None) -> list[int]:
@@ -87,59 +71,9 @@ def new_cache(model: TransformerBridge) -> Any:
     return DynamicCache(config=model.original_model.config)
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and attention mask, both ``[row, column]``, padded on the left to equal length."""
-    width = max(map(len, rows))
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for r, ids in enumerate(rows):
-        if ids:
-            tokens[r, width - len(ids) :] = torch.tensor(ids)
-            mask[r, width - len(ids) :] = 1
-    return tokens.to(device), mask.to(device)
-
-
-def pad_id(model: TransformerBridge) -> int:
-    """The token that fills padding columns; masked everywhere, so any valid id will do."""
-    pad = model.tokenizer.pad_token_id
-    return 0 if pad is None else int(pad)
-
-
-def input_device(model: TransformerBridge) -> torch.device:
-    """Where tokens must be: the device of the embedding (models may span several devices)."""
-    return model.original_model.get_input_embeddings().weight.device
-
-
-def weights(model: TransformerBridge) -> tuple[str, str]:
-    """Which weights these are and their dtype: what any result kept on disk depends on.
-
-    Raises:
-        ValueError: the model did not come from `models.load_model`.
-    """
-    identity = getattr(model.cfg, "steerlib_id", None)
-    if identity is None:
-        raise ValueError(
-            f"cache= needs to know the weights of {model.cfg.model_name!r}: load the model "
-            "with steerlib.load_model."
-        )
-    return identity, str(model.cfg.dtype)
-
-
-def logits_at(tokens: torch.Tensor, *columns: int) -> torch.Tensor:
-    """As ``logits_to_keep``: the unembedding of these columns alone, of none if none are named.
-
-    Column numbers rather than a count: a count makes transformers unembed a strided view, which
-    falls into a slow kernel.
-    """
-    width = tokens.shape[1]
-    return torch.tensor([c % width for c in columns], dtype=torch.long, device=tokens.device)
-
-
 def capture(
     model: TransformerBridge,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     layers: int | Iterable[int] | None = None,
     positions: int | Sequence[int] = -1,
     site: str = "resid_post",
@@ -148,30 +82,31 @@ def capture(
     """Residual-stream activations at the wanted layers and positions.
 
     Args:
-        prompts: one or more texts; BOS is added where the model has one.
+        prompts: one or more texts (BOS is added where the model has one), or lists of token ids.
         layers: block numbers, 0-based; all by default.
         positions: token positions in the unpadded prompt, BOS included; negative ones count from
-            the end of each prompt.
+            the end of each prompt. One number drops the axis, as in numpy.
         site: ``resid_pre`` (entering block l) or ``resid_post`` (leaving it).
         cache: a folder that keeps what was read, batch by batch, under everything that it depends
             on (weights, dtype, tokens, layers, positions, site): an interrupted run goes on where
             it was, and another notebook that asks for the same need not run the model.
 
     Returns:
-        float32 tensor ``[prompt, layer, position, d_model]`` on the CPU, in the order asked for.
+        float32 tensor ``[prompt, layer, position, d_model]`` on the CPU, in the order asked for;
+        ``[prompt, layer, d_model]`` for one position.
 
     Raises:
         ValueError: unknown layer or site, empty prompt, or a position that a prompt lacks.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    groups = [[encode(model, text)] for text in texts]
-    return _capture_groups(model, groups, layers, positions, site, cache)[:, 0]
+    texts: Sequence[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    groups = [[prompt_ids(model, text)] for text in texts]
+    return capture_groups(model, groups, layers, positions, site, cache=cache)[:, 0]
 
 
 def capture_pairs(
     model: TransformerBridge,
-    prefixes: Sequence[str],
-    endings: Sequence[str] | Sequence[Sequence[str]],
+    prefixes: Sequence[Prompt],
+    endings: Sequence[Prompt] | Sequence[Sequence[Prompt]],
     layers: int | Iterable[int] | None = None,
     positions: int | Sequence[int] = -1,
     site: str = "resid_post",
@@ -180,13 +115,14 @@ def capture_pairs(
     """Activations of every prefix with each of its endings; the prefix itself runs once.
 
     Args:
-        prefixes: the shared beginnings.
-        endings: the same k endings for all prefixes (a list of strings), or one list of k
-            endings per prefix.
+        prefixes: the shared beginnings, texts or token ids.
+        endings: the same k endings for all prefixes (a list of texts), or one list of k endings
+            per prefix; token ids, if the prefixes are token ids.
         layers, positions, site, cache: as for `capture`; positions count in prefix + ending.
 
     Returns:
-        float32 tensor ``[prefix, ending, layer, position, d_model]``.
+        float32 tensor ``[prefix, ending, layer, position, d_model]``; without the axis of
+        positions for one position.
 
     Raises:
         ValueError: as `capture`; or the number of endings differs between prefixes.
@@ -194,37 +130,45 @@ def capture_pairs(
     if isinstance(prefixes, str) or isinstance(endings, str):
         raise ValueError("Prefixes and endings are lists of texts, got one text alone.")
     same = [e for e in endings if isinstance(e, str)]
-    all_same = len(same) == len(endings)
-    per_prefix = [same] * len(prefixes) if all_same else [list(e) for e in endings]
+    per_prefix: list[list[Any]] = (
+        [same] * len(prefixes) if len(same) == len(endings) else [list(e) for e in endings]
+    )
     if len(per_prefix) != len(prefixes) or len({len(e) for e in per_prefix}) > 1:
         raise ValueError(
             f"Every prefix needs the same number of endings: got {len(prefixes)} prefixes and "
             f"lists of {sorted({len(e) for e in per_prefix})} endings for {len(per_prefix)}."
         )
-    groups = [
-        [encode(model, p + e) for e in ends] for p, ends in zip(prefixes, per_prefix, strict=True)
-    ]
-    return _capture_groups(model, groups, layers, positions, site, cache)
+    shared = None
+    groups = []
+    if prefixes and not isinstance(prefixes[0], str):  # what is shared is known
+        shared = list(map(len, prefixes))
+    for prefix, ends in zip(prefixes, per_prefix, strict=True):
+        if isinstance(prefix, str):
+            groups.append([encode(model, prefix + e) for e in ends])
+        else:
+            groups.append([[*prefix, *e] for e in ends])
+    return capture_groups(model, groups, layers, positions, site, shared, cache)
 
 
-def _common_prefix(sequences: Sequence[list[int]]) -> int:
-    """Number of leading tokens that all sequences share."""
-    low, high = min(sequences), max(sequences)  # lexicographic: the two that differ earliest
-    for i, (a, b) in enumerate(zip(low, high, strict=False)):
-        if a != b:
-            return i
-    return min(len(low), len(high))
-
-
-def _capture_groups(
+def capture_groups(
     model: TransformerBridge,
-    groups: list[list[list[int]]],
+    groups: Sequence[Sequence[list[int]]],
     layers: int | Iterable[int] | None,
     positions: int | Sequence[int],
     site: str,
+    shared_tokens: Sequence[int] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> torch.Tensor:
-    """`capture` for groups of token sequences; each group's common beginning runs once."""
+    """`capture` for groups of token sequences; each group's common beginning runs once.
+
+    Args:
+        groups: as many sequences in each.
+        shared_tokens: how many tokens the sequences of each group share at their start; found out
+            if it is not given.
+
+    Returns:
+        float32 tensor ``[group, member, layer, position, d_model]``; one position drops its axis.
+    """
     wanted = check_layers(model, layers)
     check_site(site)
     where = [index(p) for p in (positions if isinstance(positions, Iterable) else [positions])]
@@ -241,8 +185,10 @@ def _capture_groups(
                         f"{model.tokenizer.decode(ids)[:60]!r}."
                     )
         first_wanted.append(min(p % len(ids) for ids in group for p in where))
+    store = None if cache is None else Store(cache)
+    key = () if cache is None else model_key(model)
     out = torch.empty(len(groups), len(groups[0]), len(wanted), len(where), model.cfg.d_model)
-    header = min(_common_prefix([ids for g in groups for ids in g]), *first_wanted)
+    header = min(common_prefix([ids for g in groups for ids in g]), *first_wanted)
     if header < _WORTH_SHARING or len(groups) == 1:
         header = 0
     # Behind a shared part the padding stands in the middle of a row. Attention masks it, but a
@@ -259,17 +205,17 @@ def _capture_groups(
         tqdm(total=len(order), unit="prompt", delay=3, leave=False, disable=short) as bar,
     ):
         for batch in batches:
-            known = (
-                None
-                if cache is None
-                else _Known(Path(cache), model, [groups[g] for g in batch], wanted, where, site)
-            )
-            if known and (acts := known.read()) is not None:
-                out[batch] = acts
-                bar.update(len(batch))
-                continue
+            if store is not None:
+                facts = (*key, [groups[g] for g in batch], wanted, where, site)
+                name = digest("steerlib.capture.2", *facts)[:32]
+                if (known := store.read_tensor(name)) is not None:
+                    out[batch] = known
+                    bar.update(len(batch))
+                    continue
             shared = [
-                min(_common_prefix(groups[g]), first_wanted[g]) if len(groups[g]) > 1 else header
+                max(header, min(_shared(groups, g, shared_tokens), first_wanted[g]))
+                if len(groups[g]) > 1
+                else header
                 for g in batch
             ]
             rows = [ids for g in batch for ids in groups[g]]
@@ -278,30 +224,15 @@ def _capture_groups(
                 first, shared = 0, [0] * len(batch)
             acts = _capture_batch(model, rows, first, shared, len(groups[0]), wanted, where, site)
             out[batch] = acts = acts.reshape(len(batch), len(groups[0]), *acts.shape[1:])
-            if known:
-                known.write(acts)
+            if store is not None:
+                store.write_tensor(name, acts)
             bar.update(len(batch))
-    return out
+    return out if isinstance(positions, Iterable) else out[..., 0, :]
 
 
-class _Known:
-    """The file that holds a batch, named by what its activations depend on."""
-
-    def __init__(self, folder: Path, model: TransformerBridge, *facts: Any):
-        key = hashlib.sha256(repr((*weights(model), *facts)).encode()).hexdigest()
-        self.path = folder / f"{key[:32]}.safetensors"
-
-    def read(self) -> torch.Tensor | None:
-        if not self.path.exists():
-            return None
-        try:
-            return load_file(self.path)["acts"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{self.path} is damaged: delete it and run again.") from error
-
-    def write(self, acts: torch.Tensor) -> None:
-        with whole(self.path) as temporary:
-            save_file({"acts": acts.contiguous()}, temporary)
+def _shared(groups: Sequence[Sequence[list[int]]], g: int, known: Sequence[int] | None) -> int:
+    """How many tokens the sequences of group ``g`` share at their start."""
+    return common_prefix(groups[g]) if known is None else known[g]
 
 
 def _columns(rows: list[list[int]], shared: list[int]) -> int:
@@ -310,7 +241,8 @@ def _columns(rows: list[list[int]], shared: list[int]) -> int:
     return max(shared) + max(len(ids) - shared[r // endings] for r, ids in enumerate(rows))
 
 
-def _batches(order: list[int], size: Any) -> Iterable[list[int]]:
+def _batches(order: list[int], size: Any) -> Iterator[list[int]]:
+    """Groups in this order, as many in a batch as `_TOKENS_PER_BATCH` allows."""
     batch: list[int] = []
     total = 0
     for g in order:
@@ -341,7 +273,7 @@ def _capture_batch(
     device, pad = input_device(model), pad_id(model)
     mask = torch.zeros(1, 0, dtype=torch.long, device=device)
     stop = max(layers) + 1
-    run: dict[str, Any] = {"return_type": "logits", "logits_to_keep": logits_at(mask)}
+    run: dict[str, Any] = {"return_type": "logits", "logits_to_keep": columns_of(mask)}
     if stop < model.cfg.n_layers:
         run["stop_at_layer"] = stop
     cache = new_cache(model)

@@ -1,40 +1,85 @@
-"""Interventions on the residual stream: what, where, and for which row of a batch.
+"""Interventions: what happens to the residual stream, and where. Each kind is one class.
 
-`Add` and `Ablate` say what happens at which positions of one sequence. `Steering` turns one list
-of them per row into TransformerLens hooks: a batch may hold any mixture of conditions, since every
-row carries its own vectors, coefficients, layers and positions.
+A new kind is a subclass of `Intervention` and nothing else: `generate`, `steer`, stored results,
+panels and "copy as code" know it by the methods of the base class.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from operator import index
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .activations import encode
+from .activations import SITES
+from .files import tensor_digest
 from .vectors import PLACES, SteeringVector
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-At = str | int | Sequence[int] | slice
-_END = 1 << 30  # beyond any position: "and all that follow"
+END = 1 << 30  # beyond any position: "and all that follow"
+
+
+# ---------------------------------------------------------------- where
+
+
+class Slice(NamedTuple):
+    """A slice of positions; unlike Python's own it can be a key."""
+
+    start: int | None
+    stop: int | None
+    step: int | None
+
+    def __repr__(self) -> str:
+        return f"slice({self.start}, {self.stop}, {self.step})"
+
+
+At = str | int | Sequence[int] | slice  # as it is given
+Where = str | tuple[int, ...] | Slice  # as it is kept
+
+
+def where(at: At | Where) -> Where:
+    """``at`` in the one form in which interventions keep it, which can be a key.
+
+    Raises:
+        ValueError: it is none of the allowed ones.
+    """
+    if isinstance(at, str):
+        if at not in PLACES:
+            raise ValueError(
+                f"at={at!r} is unknown: use {', '.join(PLACES)}, a list of positions, or a slice."
+            )
+        return at
+    if isinstance(at, Slice):
+        return at
+    if isinstance(at, slice):
+        return Slice(at.start, at.stop, at.step)
+    try:
+        positions = tuple(map(index, [at] if isinstance(at, int) else at))
+    except TypeError:
+        positions = ()
+    if not positions:
+        raise ValueError(f"at={at!r} is not a list of positions (whole numbers).")
+    return positions
 
 
 @lru_cache(maxsize=65536)
-def _span(at: Any, k: int, n: int) -> Sequence[int]:
+def span(at: Where, k: int, n: int) -> Sequence[int]:
     """Positions at which ``k`` vector rows act in a sequence whose prompt has ``n`` tokens.
 
-    A range may be endless (up to ``_END``). With ``k > 1`` the i-th position takes row i.
+    A range may be endless (up to `END`). With ``k > 1`` the i-th position takes row i.
+
+    Raises:
+        ValueError: the place does not fit such a vector or such a prompt.
     """
+    found: Sequence[int]
     if isinstance(at, str):
         if at in ("front", "middle", "back"):
             if k > n:
@@ -45,24 +90,20 @@ def _span(at: Any, k: int, n: int) -> Sequence[int]:
             first = {"front": 0, "middle": (n - k) // 2, "back": n - k}[at]
             return range(first, first + k)
         # The token at n-1 predicts the first generated one, so "generated" begins there.
-        span: Sequence[int] = {
-            "prompt": range(n),
-            "generated": range(n - 1, _END),
-            "all": range(_END),
-        }[at]
-    elif isinstance(at, tuple) and at and at[0] == "slice":
-        start, stop, step = at[1:]
-        span = range(*slice(_from_end(start, n), _from_end(stop, n), step).indices(_END))
+        found = {"prompt": range(n), "generated": range(n - 1, END), "all": range(END)}[at]
+    elif isinstance(at, Slice):
+        bounds = slice(_from_end(at.start, n), _from_end(at.stop, n), at.step)
+        found = range(*bounds.indices(END))
     else:
-        span = [p + n if p < 0 else p for p in at]
-        if min(span) < 0:
+        found = [p + n if p < 0 else p for p in at]
+        if min(found) < 0:
             raise ValueError(f"Position {min(at)} lies before the start of a {n}-token prompt.")
-    if k > 1 and len(span) != k:
+    if k > 1 and len(found) != k:
         raise ValueError(
             f"A vector of {k} positions cannot act at {at!r}: that takes a direction (one "
             f"position), or exactly {k} positions."
         )
-    return span
+    return found
 
 
 def _from_end(bound: int | None, n: int) -> int | None:
@@ -70,37 +111,136 @@ def _from_end(bound: int | None, n: int) -> int | None:
 
 
 @lru_cache(maxsize=65536)
-def _covered(at: Any, k: int, n: int, start: int, stop: int) -> list[tuple[int, int]]:
-    """(position, vector row) pairs of `_span` that fall into ``start <= position < stop``."""
-    span = _span(at, k, n)
-    if isinstance(span, range) and span.step == 1:
-        low, high = max(start, span.start, 0), min(stop, span.stop)
-        return [(p, p - span.start if k > 1 else 0) for p in range(low, high)]
-    return [(p, i if k > 1 else 0) for i, p in enumerate(span) if start <= p < stop]
+def covered(at: Where, k: int, n: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """(position, vector row) pairs of `span` that fall into ``start <= position < stop``."""
+    found = span(at, k, n)
+    if isinstance(found, range) and found.step == 1:
+        low, high = max(start, found.start, 0), min(stop, found.stop)
+        return [(p, p - found.start if k > 1 else 0) for p in range(low, high)]
+    return [(p, i if k > 1 else 0) for i, p in enumerate(found) if start <= p < stop]
 
 
-def _check_at(at: At) -> Any:
-    """A hashable form of ``at``; raises ``ValueError`` when it is none of the allowed ones."""
+def counts_from_end(at: Where) -> bool:
+    """Whether a place depends on how long the prompt is."""
     if isinstance(at, str):
-        if at not in PLACES:
-            raise ValueError(
-                f"at={at!r} is unknown: use {', '.join(PLACES)}, a list of positions, or a slice."
-            )
-        return at
-    if isinstance(at, slice):
-        return ("slice", at.start, at.stop, at.step)
-    try:
-        places = tuple(map(index, [at] if isinstance(at, int) else at))
-    except TypeError:
-        places = ()
-    if not places:
-        raise ValueError(f"at={at!r} is not a list of positions (whole numbers).")
-    return places
+        return at in ("middle", "back", "prompt", "generated")
+    return any(p is not None and p < 0 for p in (at[:2] if isinstance(at, Slice) else at))
 
 
-@dataclass(frozen=True)
-class Add:
-    """Add ``coefficient * vector`` to the stream.
+# ---------------------------------------------------------------- what
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention(ABC):
+    """What happens to the stream at some layers and positions.
+
+    A kind is a subclass: a frozen dataclass (``eq=False``: compared by identity) with a field
+    ``at``, made canonical by `where`, and usually a field ``vector``, whose layers and site it acts
+    at. It says what it does by `operands` and `apply`.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def at(self) -> Any: ...
+
+    @property
+    def vectors(self) -> list[SteeringVector]:
+        """The steering vectors among its fields."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [value for value in values if isinstance(value, SteeringVector)]
+
+    @property
+    def layers(self) -> list[int]:
+        """Where it acts: those of the first vector, unless a kind says otherwise."""
+        return sorted(self.vectors[0].layers)
+
+    @property
+    def site(self) -> str:
+        """``resid_pre`` or ``resid_post``: that of the first vector, unless a kind says so."""
+        return self.vectors[0].site
+
+    @property
+    def n_positions(self) -> int:
+        """How many rows `operands` have; several go to as many positions, in order."""
+        return max((vector.n_positions for vector in self.vectors), default=1)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing at all, so that it need not run."""
+        return False
+
+    @abstractmethod
+    def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """What `apply` needs at a layer: tensors ``[n_positions, ...]``, numbers included."""
+
+    @staticmethod
+    @abstractmethod
+    def apply(stream: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+        """The changed stream.
+
+        A batch may hold many interventions of one kind, each with parameters of its own, so this
+        sees all stream vectors that the kind touches in one pass.
+
+        Args:
+            stream: ``[n, d_model]``, in the model's dtype.
+            operands: each ``[n, ...]``: for every stream vector the row that belongs to it.
+
+        Returns:
+            ``[n, d_model]``, of any float dtype.
+        """
+
+    def key(self) -> list[Any]:
+        """Everything that its effect depends on, as plain data: what stored results are named by.
+
+        All fields, with the numbers of vectors digested. A kind with fields that are neither
+        plain data, tensors nor vectors has to say its own.
+        """
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return [kind, *([f.name, _fact(getattr(self, f.name))] for f in fields(self))]
+
+    def code(self, vector: str = "vector") -> str:
+        """The call that makes it, with its first vector under the name ``vector``."""
+        import steerlib
+
+        kind = type(self)
+        said = []
+        for i, field in enumerate(fields(self)):
+            value = getattr(self, field.name)
+            first = bool(self.vectors) and value is self.vectors[0]
+            text = vector if first else _code(value)
+            said.append(text if i == 0 else f"{field.name}={text}")
+        public = getattr(steerlib, kind.__name__, None) is kind
+        return f"{'sl.' if public else ''}{kind.__name__}({', '.join(said)})"
+
+
+def _code(value: Any) -> str:
+    if isinstance(value, tuple) and not isinstance(value, Slice):
+        return repr(list(value))
+    return value.code() if isinstance(value, Intervention) else repr(value)
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, SteeringVector):
+        tensors = {str(layer): tensor_digest(t) for layer, t in sorted(value.layers.items())}
+        return [value.site, tensors]
+    if isinstance(value, Intervention):
+        return value.key()
+    if isinstance(value, torch.Tensor):
+        return tensor_digest(value)
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, *map(_fact, value)]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ValueError(
+        f"A {type(value).__name__} has no lasting identity: an intervention that holds one needs a "
+        "key() of its own."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Intervention):
+    """Add ``coefficient * vector`` to the stream: ``h + c v``.
 
     Args:
         vector: with one position (a direction) it is added at every position ``at`` names; with
@@ -110,51 +250,86 @@ class Add:
             predicts the first new token, and every generated one), ``all``, a list of positions
             (negative: from the end of the prompt; n and above: generated tokens), or a slice.
             None: where the vector was made for, its own ``at``.
-        coefficient: multiplies the vector; 0 is exactly no intervention.
+        coefficient: multiplies the vector; 0 is exactly no intervention. ``Add(v,
+            coefficient=6)`` and ``6 * v`` are the same.
 
     Raises:
         ValueError: unknown ``at``; a coefficient that is not finite.
 
-    Source: first document, "What happens if we... insert at a different position"; second
-    document, steering "the current token during generation".
+    Source: Turner et al. 2023, "What happens if we... insert at a different position"; the honesty
+    repository, steering "the current token during generation".
     """
 
     vector: SteeringVector
-    at: At = None  # type: ignore[assignment]  # filled in at once: never None to a reader
+    at: Any = None  # an `At`; kept as `Where`
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.vector, SteeringVector):
             raise ValueError(f"Add needs a SteeringVector, got {type(self.vector).__name__}.")
-        if cast(Any, self.at) is None:
-            object.__setattr__(self, "at", self.vector.at)
         if not math.isfinite(self.coefficient):
             raise ValueError(f"A coefficient must be a finite number, got {self.coefficient}.")
-        _check_at(self.at)
+        object.__setattr__(self, "at", where(self.vector.at if self.at is None else self.at))
+
+    @property
+    def is_identity(self) -> bool:
+        return self.coefficient == 0 or not any(t.any() for t in self.vector.layers.values())
+
+    def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
+        return (self.coefficient * self.vector.layers[layer],)
+
+    @staticmethod
+    def apply(stream: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+        return stream + operands[0].to(stream.dtype)
+
+    def key(self) -> list[Any]:
+        # The product, so that the coefficient may stand in the vector or beside it.
+        moved = self.vector if self.coefficient == 1 else self.coefficient * self.vector
+        return ["add", _fact(self.at), _fact(moved)]
 
 
-@dataclass(frozen=True)
-class Ablate:
+@dataclass(frozen=True, eq=False)
+class Ablate(Intervention):
     """Subtract the stream's projection on ``vector`` (one position), layer by layer: "zero out".
 
-    Source: second document, "zeroing out the honesty vector".
+    ``h - (h · v) v``, with v of length 1.
+
+    Source: the honesty repository, "zeroing out the honesty vector".
     """
 
     vector: SteeringVector
-    at: At = "all"
+    at: Any = "all"  # an `At`; kept as `Where`
 
     def __post_init__(self) -> None:
         if not isinstance(self.vector, SteeringVector) or self.vector.n_positions != 1:
             raise ValueError(f"Ablate needs a direction (one position), got {self.vector!r}.")
-        _check_at(self.at)
+        object.__setattr__(self, "at", where(self.at))
+
+    def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
+        return (torch.nn.functional.normalize(self.vector.layers[layer], dim=-1),)
+
+    @staticmethod
+    def apply(stream: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+        h, direction = stream.float(), operands[0]
+        return h - (h * direction).sum(-1, keepdim=True) * direction
 
 
-Intervention = Add | Ablate
+# ---------------------------------------------------------------- conditions
+
+# Columns of the tables in which names of conditions stand: their fields have other names.
+COLUMNS = (
+    *("prompt", "text", "condition", "sample", "completion", "n_tokens", "stopped", "tokens"),
+    *("propensity", "target", "reference", "continuation", "logprob", "total_probability"),
+    *("perplexity", "surprisal", "kl"),
+)
+
 Condition = SteeringVector | Intervention | Sequence[SteeringVector | Intervention] | None
+# name -> condition; as (name, condition) pairs where a name is a mapping, which cannot be a key
+Conditions = Mapping[Any, Condition] | Sequence[tuple[Any, Condition]]
 
 
-def interventions(condition: Condition, model: TransformerBridge) -> list[Intervention]:
-    """A condition as a list of interventions that fit ``model``; coefficient 0 drops out.
+def as_interventions(condition: Condition, model: TransformerBridge) -> list[Intervention]:
+    """A condition as a list of interventions that fit ``model``; what changes nothing drops out.
 
     A bare vector acts where it was made for (`SteeringVector.at`).
 
@@ -166,188 +341,109 @@ def interventions(condition: Condition, model: TransformerBridge) -> list[Interv
     items = list(condition) if isinstance(condition, (list, tuple)) else [condition]
     result: list[Intervention] = []
     for item in items:
-        act = Add(item, at=item.at) if isinstance(item, SteeringVector) else item
-        if not isinstance(act, (Add, Ablate)):
+        act = Add(item) if isinstance(item, SteeringVector) else item
+        if not isinstance(act, Intervention):
             raise ValueError(
-                "A condition is None, a SteeringVector, an Add, an Ablate, or a list of these; "
-                f"got {type(item).__name__}."
+                "A condition is None, a SteeringVector, an intervention such as Add or Ablate, or "
+                f"a list of these; got {type(item).__name__}."
             )
-        vector = act.vector
+        _check_fits(act, model)
+        if not act.is_identity:
+            result.append(act)
+    return result
+
+
+def _check_fits(act: Intervention, model: TransformerBridge) -> None:
+    for vector in act.vectors:
         if vector.d_model != model.cfg.d_model:
             raise ValueError(
                 f"{vector!r} has d_model {vector.d_model}, but {model.cfg.model_name} has "
                 f"{model.cfg.d_model}: a vector works in the model it was made with."
             )
-        if max(vector.layers) >= model.cfg.n_layers or min(vector.layers) < 0:
-            raise ValueError(
-                f"{vector!r} needs layer {max(vector.layers)}, but {model.cfg.model_name} has "
-                f"layers 0 to {model.cfg.n_layers - 1}."
-            )
         if vector.meta.get("model") not in (None, model.cfg.model_name):
             warnings.warn(
                 f"{vector!r} was made with {vector.meta['model']}, not {model.cfg.model_name}.",
-                stacklevel=3,
+                stacklevel=4,
             )
-        if isinstance(act, Ablate) or act.coefficient != 0:
-            result.append(act)
-    return result
+    if act.site not in SITES:
+        raise ValueError(f"{act!r} acts at {act.site!r}: use one of {', '.join(SITES)}.")
+    if max(act.layers) >= model.cfg.n_layers or min(act.layers) < 0:
+        what = act.vectors[0] if act.vectors else act
+        raise ValueError(
+            f"{what!r} needs layer {max(act.layers)}, but {model.cfg.model_name} has "
+            f"layers 0 to {model.cfg.n_layers - 1}."
+        )
+
+
+def named(conditions: Conditions | None) -> dict[Any, Condition]:
+    """Conditions by name; None is the unsteered control alone. Mappings become named tuples.
+
+    Raises:
+        ValueError: no condition, or one name twice.
+    """
+    if conditions is None:
+        return {"unsteered": None}
+    pairs = list(conditions.items() if isinstance(conditions, Mapping) else conditions)
+    found = {_hashable(name): condition for name, condition in pairs}
+    if not found or len(found) < len(pairs):
+        raise ValueError(
+            "There is no condition: name one at least."
+            if not found
+            else "Two conditions have the same name."
+        )
+    return found
+
+
+def _hashable(name: Any) -> Any:
+    if not isinstance(name, Mapping):
+        return name
+    kind = NamedTuple("Name", [(str(field), Any) for field in name])  # type: ignore[misc]
+    return kind(*name.values())
+
+
+def name_columns(names: Sequence[Any]) -> dict[str, list[Any]]:
+    """Columns of a table whose rows have these conditions: ``condition``, and the names' fields.
+
+    A name with fields (a NamedTuple or a mapping) gives each field as a column, and in
+    ``condition`` a label made of them; other names stand there as they are.
+    """
+    all_fields = list(dict.fromkeys(f for name in names for f in getattr(name, "_fields", ())))
+    columns = {"condition": [condition_label(name) for name in names]}
+    for field in all_fields:
+        if field in COLUMNS:
+            raise ValueError(f"A condition's name cannot have the field {field!r}: it is a column.")
+        columns[field] = [getattr(name, field, None) for name in names]
+    return columns
+
+
+def condition_label(name: Any) -> Any:
+    """What stands in the column ``condition``."""
+    if not hasattr(name, "_fields"):
+        return name
+    values = zip(name._fields, name, strict=True)
+    said = (str(v) if isinstance(v, str) else f"{f} {v:g}" if isinstance(v, float) else f"{f} {v}"
+            for f, v in values if v is not None)  # fmt: skip
+    return ", ".join(said)
 
 
 def first_position(acts: Sequence[Intervention], n_prompt: int) -> int:
-    """The first position that these interventions touch (a huge number if none does).
+    """The first position that these interventions touch (`END` if none does).
 
     Raises:
         ValueError: an intervention does not fit a prompt of ``n_prompt`` tokens.
     """
-    spans = [_span(_check_at(a.at), a.vector.n_positions, n_prompt) for a in acts]
+    spans = [span(act.at, act.n_positions, n_prompt) for act in acts]
     # A range may be endless, so its start is asked for, not searched for.
     starts = [s.start if isinstance(s, range) else min(s) for s in spans if len(s)]
-    return min(starts, default=_END)
+    return min(starts, default=END)
 
 
-class Steering:
-    """The hooks that give every row of a batch its own interventions.
-
-    Args:
-        model: the bridge that will run.
-        rows: one list of interventions per row.
-        n_prompt: number of prompt tokens of each row, BOS included.
-
-    A forward pass sees a window of each sequence: call `window` before it, so that the hooks know
-    which positions its columns hold. Interventions at the same site act in the order given.
-    """
-
-    def __init__(
-        self,
-        model: TransformerBridge,
-        rows: Sequence[Sequence[Intervention]],
-        n_prompt: Sequence[int],
-    ):
-        self.model = model
-        self._start = list(n_prompt)
-        self._width = 0
-        self._n_prompt = list(n_prompt)
-        self._entries: dict[Any, tuple[torch.Tensor, ...]] = {}
-        # hook -> (slot, kind) -> [(row, at, k, first row in the table)]
-        self._ops: dict[str, dict[tuple[int, str], list[tuple[int, Any, int, int]]]] = {}
-        self._table: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
-        stacks: dict[tuple[str, tuple[int, str]], tuple[list[torch.Tensor], dict[Any, int]]] = {}
-        for r, acts in enumerate(rows):
-            slots: dict[str, int] = {}
-            for act in acts:
-                at, k = _check_at(act.at), act.vector.n_positions
-                _span(at, k, self._n_prompt[r])  # says at once if it does not fit
-                for layer, tensor in act.vector.layers.items():
-                    name = f"blocks.{layer}.hook_{act.vector.site}"
-                    slot = slots[name] = slots.get(name, -1) + 1
-                    part = (slot, "add" if isinstance(act, Add) else "ablate")
-                    parts, seen = stacks.setdefault((name, part), ([], {}))
-                    scale = act.coefficient if isinstance(act, Add) else None
-                    if (id(tensor), scale) not in seen:
-                        seen[id(tensor), scale] = sum(map(len, parts))
-                        parts.append(
-                            torch.nn.functional.normalize(tensor, dim=-1)
-                            if scale is None
-                            else scale * tensor
-                        )
-                    ops = self._ops.setdefault(name, {}).setdefault(part, [])
-                    ops.append((r, at, k, seen[id(tensor), scale]))
-        for (name, part), (parts, _) in stacks.items():
-            self._table.setdefault(name, {})[part] = torch.cat(parts)
-
-    def window(self, start: Sequence[int], width: int) -> None:
-        """Say what the next pass holds: column c of row r is position ``start[r] + c``.
-
-        Padding has a negative position and is never touched.
-        """
-        self._start, self._width = list(start), width
-        self._entries = {}
-
-    def select(self, keep: Sequence[int]) -> None:
-        """Go on with these rows of the batch only."""
-        place = {r: i for i, r in enumerate(keep)}
-        self._n_prompt = [self._n_prompt[r] for r in keep]
-        self._ops = {
-            name: {
-                part: [(place[r], *rest) for r, *rest in ops if r in place]
-                for part, ops in parts.items()
-            }
-            for name, parts in self._ops.items()
-        }
-
-    @contextmanager
-    def hooks(self, more: Sequence[tuple[str, Any]] = ()) -> Iterator[None]:
-        """The hooks are in place inside the ``with`` block and gone after it, whatever happens.
-
-        ``more`` are further TransformerLens hooks; they see the stream after the interventions.
-        """
-        wanted = [*((name, self._hook(name)) for name in self._ops), *more]
-        if not wanted:  # asking TransformerLens to add nothing takes it a tenth of a small pass
-            yield
-            return
-        with self.model.hooks(fwd_hooks=wanted):
-            yield
-
-    def _hook(self, name: str) -> Any:
-        def hook(x: torch.Tensor, hook: Any) -> torch.Tensor | None:
-            changed = None
-            for part in sorted(self._ops[name]):
-                row, col, index = self._where(self._ops[name][part])
-                if not len(row):
-                    continue
-                if changed is None:
-                    changed = x.clone()
-                table = self._table[name][part] = self._table[name][part].to(x.device)
-                if part[1] == "add":
-                    changed[row, col] += table[index].to(x.dtype)
-                else:
-                    stream, direction = changed[row, col].float(), table[index]
-                    shift = (stream * direction).sum(-1, keepdim=True) * direction
-                    changed[row, col] = (stream - shift).to(x.dtype)
-            return changed
-
-        return hook
-
-    def _where(self, ops: list[tuple[int, Any, int, int]]) -> tuple[torch.Tensor, ...]:
-        """(row, column, table row) of everything that ``ops`` touch in the present window."""
-        key = tuple(ops)  # layers of one vector share it, so it is worked out once per window
-        if key not in self._entries:
-            found = [
-                (r, p - self._start[r], first + i)
-                for r, at, k, first in ops
-                for p, i in _covered(
-                    at, k, self._n_prompt[r], self._start[r], self._start[r] + self._width
-                )
-            ]
-            table = torch.tensor(found, dtype=torch.long).reshape(-1, 3)
-            self._entries[key] = (table[:, 0], table[:, 1], table[:, 2])
-        return self._entries[key]
-
-
-def align(
-    model: TransformerBridge, prompt: str, vectors: Mapping[str, SteeringVector | Add]
-) -> pd.DataFrame:
-    """Residual-stream alignment table: which tokens meet at which position.
-
-    One row for the prompt and one per prompt of every vector (columns: layer, coefficient, then
-    one column per position), as in the first document's tables. Vectors must come from prompts.
-    """
-    import pandas as pd
-
-    ids = encode(model, prompt)
-    tokens = [model.tokenizer.decode([i]) for i in ids]
-    rows: list[list[Any]] = [["0 (prompt)", "+1", *tokens]]
-    for item in vectors.values():
-        act = Add(item, at=item.at) if isinstance(item, SteeringVector) else item
-        if "tokens" not in act.vector.meta:
-            raise ValueError(f"{act.vector!r} has no tokens to align: it is not from two prompts.")
-        first = _span(_check_at(act.at), act.vector.n_positions, len(ids))[0]
-        factor = act.coefficient * act.vector.meta.get("coefficient", 1.0)
-        layers = ", ".join(map(str, sorted(act.vector.layers)))
-        for sign, names in zip((1, -1), act.vector.meta["tokens"], strict=False):
-            cells = model.tokenizer.convert_tokens_to_ids(names)
-            text = [""] * first + [model.tokenizer.decode([c]) for c in cells]
-            rows.append([layers, f"{sign * factor:+g}", *text])
-    width = max(map(len, rows))
-    columns = ["layer", "coefficient", *map(str, range(width - 2))]
-    return pd.DataFrame([r + [""] * (width - len(r)) for r in rows], columns=columns)
+def warn_untouched(acts: Sequence[Intervention], n_prompt: int, n_tokens: int) -> None:
+    """Warn of interventions that touch none of ``n_tokens`` positions: they would do nothing."""
+    for act in acts:
+        if first_position([act], n_prompt) >= n_tokens:
+            warnings.warn(
+                f"{type(act).__name__} at {act.at!r} touches no position of what runs: a prompt of "
+                f"{n_prompt} tokens, {n_tokens} in all.",
+                stacklevel=3,
+            )

@@ -8,22 +8,23 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .activations import _capture_groups, _common_prefix, check_layers, check_site, encode
-from .files import whole
+from .activations import capture, capture_groups, check_layers, check_site
+from .directions import fit_direction, parse_method
+from .files import atomic_write
+from .tokens import common_prefix, continuation_ids, encode, single_token
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _FORMAT = "steerlib.vector.1"
-METHODS = ("mean", "pca", "probe")
 PLACES = ("front", "middle", "back", "prompt", "generated", "all")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringVector:
     """For each layer a float32 tensor ``[n_positions, d_model]``, to be added to the stream.
 
@@ -37,8 +38,10 @@ class SteeringVector:
         at: where a bare vector acts when it is used as a condition (see `interventions.Add`).
         meta: where it came from: model, prompts, method.
 
-    Source: first document, "How activation additions work"; second document, "How to identify
-    the vectors". The operators follow repeng's control vectors.
+    Vectors compare by identity: two of equal numbers are two vectors.
+
+    Source: Turner et al. 2023, "How activation additions work"; the honesty repository, "How to
+    identify the vectors". The operators follow repeng's control vectors.
     """
 
     layers: Mapping[int, torch.Tensor]
@@ -93,7 +96,7 @@ class SteeringVector:
         """Activation addition: the stream of ``plus`` minus that of ``minus``, token by token.
 
         The shorter prompt is padded on the right with the token ``pad``, so that both span the
-        same positions (first document, footnote 6). ``minus=""`` is therefore a prompt of pad
+        same positions (Turner et al. 2023, footnote 6). ``minus=""`` is therefore a prompt of pad
         tokens only; ``minus=None`` subtracts nothing, which leaves position 0 (BOS) in the vector.
 
         Args:
@@ -108,24 +111,22 @@ class SteeringVector:
         plus_ids = encode(model, plus)
         minus_ids = None
         if minus is not None:
-            pad_ids = model.tokenizer(pad, add_special_tokens=False)["input_ids"]
-            if len(pad_ids) != 1:
-                raise ValueError(
-                    f"The padding {pad!r} is {len(pad_ids)} tokens for {model.cfg.model_name}; "
-                    "give pad= a string that is one token."
-                )
+            try:
+                pad_ids = [single_token(model, pad)]
+            except ValueError as error:
+                raise ValueError(f"The padding has to be one token: {error}") from None
             minus_ids = encode(model, minus) if minus else encode(model, pad)
             length = max(len(plus_ids), len(minus_ids))
             plus_ids = plus_ids + pad_ids * (length - len(plus_ids))
             minus_ids = minus_ids + pad_ids * (length - len(minus_ids))
         wanted = check_layers(model, layer)
         group = [plus_ids] if minus_ids is None else [plus_ids, minus_ids]
-        acts = _capture_groups(model, [group], wanted, range(len(plus_ids)), site)[0]
+        acts = capture_groups(model, [group], wanted, range(len(plus_ids)), site)[0]
         diff = acts[0] if minus_ids is None else acts[0] - acts[1]
         if minus_ids is not None:
             # Shared first tokens (BOS at least) have the same stream in both, attention being
             # causal: exactly zero, where batched kernels may leave rounding noise.
-            diff[:, : _common_prefix([plus_ids, minus_ids])] = 0
+            diff[:, : common_prefix([plus_ids, minus_ids])] = 0
         meta = {
             "name": repr(plus) if minus is None else f"{plus!r} - {minus!r}",
             "model": model.cfg.model_name,
@@ -151,11 +152,8 @@ class SteeringVector:
         """A direction per layer from contrast pairs ``(positive, negative)``.
 
         Args:
-            method: ``mean`` is the mean difference (CAA); ``pca`` principal component
-                ``component`` of the paired differences (RepE), unit length; ``probe`` the weight
-                of a logistic regression that tells positive from negative differences, unit
-                length. Differences enter ``pca`` and ``probe`` with both signs, hence uncentred:
-                centring would remove what all pairs have in common.
+            method, component: as for `directions.fit_direction`: ``mean``, ``pca`` (or ``pc1``,
+                ``pc2``, ...), ``probe`` (or ``logistic``), ``mass-mean``.
             position: the token at which to read; negative counts from each prompt's end.
 
         Returns:
@@ -166,8 +164,7 @@ class SteeringVector:
             ValueError: no pairs, not pairs, unknown method or component, unknown layer.
         """
         wanted = check_layers(model, layers)
-        if method not in METHODS:
-            raise ValueError(f"Method {method!r} is unknown: use one of {', '.join(METHODS)}.")
+        method, component = parse_method(method, component)
         items = [tuple(pair) if not isinstance(pair, str) else (pair,) for pair in pairs]
         odd = next((i for i, pair in enumerate(items) if len(pair) != 2), None)
         if not items or odd is not None:
@@ -178,9 +175,8 @@ class SteeringVector:
                 f"Contrast pairs must be balanced, one positive and one negative each: {found}."
             )
         groups = [[encode(model, pos), encode(model, neg)] for pos, neg in items]
-        acts = _capture_groups(model, groups, wanted, position, site)[:, :, :, 0]
-        diffs = (acts[:, 0] - acts[:, 1]).double()  # means in float64, as refusal_direction does
-        if not diffs.any():
+        acts = capture_groups(model, groups, wanted, position, site)
+        if torch.equal(acts[:, 0], acts[:, 1]):
             raise ValueError(
                 f"The two prompts of every pair are the same up to position {position}: there is "
                 "no difference to take."
@@ -194,7 +190,7 @@ class SteeringVector:
             "n_pairs": len(items),
         }
         vectors = {
-            layer: fit_direction(diffs[:, i], method, component)[None].float()
+            layer: fit_direction(acts[:, :, i], method, component)[None].float()
             for i, layer in enumerate(wanted)
         }
         return cls(vectors, site, "generated", meta)
@@ -203,7 +199,7 @@ class SteeringVector:
     def random_like(cls, vector: SteeringVector, seed: int = 0) -> SteeringVector:
         """Gaussian noise with the norm of ``vector`` at every layer and position.
 
-        Source: first document, "Adding a random vector doesn't change much".
+        Source: Turner et al. 2023, "Adding a random vector doesn't change much".
         """
         generator = torch.Generator().manual_seed(seed)
         noise = {}
@@ -218,6 +214,46 @@ class SteeringVector:
             "seed": seed,
         }
         return replace(vector, layers=noise, meta=meta)
+
+    @classmethod
+    def unrelated_like(
+        cls, model: TransformerBridge, vector: SteeringVector, text: str, pad: str = " "
+    ) -> SteeringVector:
+        """The vector of an unrelated text, with the norm of ``vector`` at every layer and position.
+
+        For a vector that acts at the front, the text (repeated or cut to its length in tokens)
+        minus a prompt of ``pad`` tokens, position by position (minus nothing where both begin with
+        the same tokens, such as BOS); for a direction, the stream at the last token of the text
+        minus that at the pad token. Unlike noise it is made of what texts
+        are made of: a control against "any text would have done it".
+
+        Raises:
+            ValueError: empty text, or ``pad`` is not one token.
+        """
+        n, layers = vector.n_positions, sorted(vector.layers)
+        if vector.at == "front":
+            body, ids = continuation_ids(model, text), encode(model, text)
+            bos = ids[: len(ids) - len(body)]
+            pair = [[*bos, *body * n][:n], [*bos, *[single_token(model, pad)] * n][:n]]
+            acts = capture_groups(model, [pair], layers, range(n), vector.site)[0]
+            difference = acts[0] - acts[1]
+            # Where both are the same (BOS) a difference would be rounding noise, blown up.
+            same = common_prefix(pair)
+            difference[:, :same] = acts[0][:, :same]
+        else:
+            last = capture(model, [text, pad], layers, -1, vector.site)
+            difference = (last[0] - last[1])[:, None].expand(-1, n, -1)
+        matched = {}
+        for layer, v in zip(layers, difference, strict=True):
+            size = vector.layers[layer].norm(dim=-1, keepdim=True)
+            matched[layer] = torch.nn.functional.normalize(v, dim=-1) * size
+        meta = {
+            "name": f"unrelated text {text[:20]!r} like {vector.meta.get('name', 'a vector')}",
+            "model": model.cfg.model_name,
+            "method": "unrelated_like",
+            "plus": text,
+        }
+        return replace(vector, layers=matched, meta=meta)
 
     # ---------------------------------------------------------------- arithmetic
 
@@ -299,7 +335,7 @@ class SteeringVector:
             fraction: between 0 and 1; ``round(fraction * d_model)`` dimensions stay.
             which: ``first`` (the document's choice), ``last``, or ``random`` (drawn with ``seed``).
 
-        Source: first document, "Only modifying certain residual stream dimensions".
+        Source: Turner et al. 2023, "Only modifying certain residual stream dimensions".
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"The fraction must lie between 0 and 1, got {fraction}.")
@@ -323,7 +359,7 @@ class SteeringVector:
         # Cloned, since safetensors refuses a tensor that stands at several layers.
         tensors = {f"layer.{layer}": t.clone().contiguous() for layer, t in self.layers.items()}
         header = {"format": _FORMAT, "site": self.site, "at": self.at}
-        with whole(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             save_file(tensors, temporary, {**header, "meta": json.dumps(dict(self.meta))})
 
     @classmethod
@@ -371,7 +407,7 @@ class SteeringVector:
                 "llama.cpp's control vectors begin after block 1: drop the layers "
                 f"{[layer for layer in sorted(self.layers) if layer - shift < 1]} of {self.site}."
             )
-        with whole(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             writer = GGUFWriter(temporary, "controlvector")
             hint = model_hint or self.meta.get("model") or "unknown"  # repeng refuses an empty one
             writer.add_string("controlvector.model_hint", str(hint))
@@ -384,32 +420,59 @@ class SteeringVector:
             writer.close()
 
 
-def fit_direction(diffs: torch.Tensor, method: str = "mean", component: int = 0) -> torch.Tensor:
-    """One direction ``[d_model]`` from paired differences ``[pair, d_model]``.
+class Control(NamedTuple):
+    """The name of a matched control: its columns in a table."""
 
-    See `SteeringVector.from_pairs` for the methods.
+    family: str  # random | unrelated
+    control: str  # seed, or the unrelated text
+
+
+# Each begins with another word, so that short vectors differ as well; none is about what the
+# notebooks steer towards.
+UNRELATED = (
+    " gravel covers the narrow path behind the old railway station near the river",
+    " pencils were sorted by length and put back into the wooden drawer",
+    " thermometers on the roof are read twice a day by the students",
+    " carpet in the hallway was replaced with grey tiles last autumn",
+    " turbines at the dam turn slowly while the water level is low",
+    " potatoes keep for months in a dark and dry cellar",
+    " spreadsheets with more than a thousand rows open slowly on this computer",
+    " bicycles are parked along the wall next to the main entrance",
+    " limestone cliffs run along the coast for nearly twenty miles",
+    " batteries should be charged before the long drive to the mountains",
+    " librarians moved the maps to a room on the second floor",
+    " concrete needs about four weeks to reach its full strength",
+)
+
+
+def controls(
+    vector: SteeringVector,
+    model: TransformerBridge | None = None,
+    n_random: int = 20,
+    unrelated: int | Sequence[str] = 8,
+    seed: int = 0,
+) -> dict[Control, SteeringVector]:
+    """Matched controls of a vector, as conditions: they have its norm and should not steer.
+
+    Args:
+        vector: with its coefficient (``6 * v``), for the norms are taken from it.
+        model: runs the unrelated texts; without it there are random directions only.
+        n_random: how many random directions, with seeds from ``seed`` on.
+        unrelated: how many of `UNRELATED`, or texts of your own.
+
+    Returns:
+        `Control` (its fields become columns of a table) -> vector.
 
     Raises:
-        ValueError: ``component`` is not below the number of pairs or dimensions.
+        ValueError: more unrelated texts than there are.
     """
-    mean = diffs.mean(0)
-    if method == "mean":
-        return mean
-    if method == "pca":
-        if not 0 <= component < min(diffs.shape):
-            raise ValueError(
-                f"Component {component} does not exist: {diffs.shape[0]} pairs in "
-                f"{diffs.shape[1]} dimensions have {min(diffs.shape)}."
-            )
-        # The second moment of the differences with both signs; their mean is zero by symmetry.
-        direction = torch.linalg.svd(diffs, full_matrices=False).Vh[component]
-    else:
-        from sklearn.linear_model import LogisticRegression
-
-        both = torch.cat([diffs, -diffs]).numpy()
-        label = [1] * len(diffs) + [0] * len(diffs)
-        scale = float(diffs.norm(dim=-1).mean()) or 1.0
-        probe = LogisticRegression(fit_intercept=False, max_iter=1000).fit(both / scale, label)
-        direction = torch.from_numpy(probe.coef_[0])
-        direction = direction / (direction.norm() or 1.0)  # nothing to find: zeros, not NaN
-    return direction if direction @ mean >= 0 else -direction
+    found = {
+        Control("random", str(s)): SteeringVector.random_like(vector, s)
+        for s in range(seed, seed + n_random)
+    }
+    texts = UNRELATED[:unrelated] if isinstance(unrelated, int) else list(unrelated)
+    if isinstance(unrelated, int) and len(texts) < unrelated:
+        raise ValueError(f"There are {len(UNRELATED)} unrelated texts, {unrelated} are wanted.")
+    for text in texts if model is not None else []:
+        found[Control("unrelated", text)] = SteeringVector.unrelated_like(model, vector, text)
+    return found

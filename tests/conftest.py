@@ -13,6 +13,7 @@ for name in ("PRESET", "MODEL", "STEERLIB_FIGS"):
 import gc  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -61,6 +62,27 @@ def make_tokenizer(bos: bool = True) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
+def merging_tokenizer() -> Any:
+    """A small tokenizer in which "(A" and "(B" are one token each."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=262, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+    )
+    bpe.train_from_iterator(["(A", "(B"] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
+
+
+def only_tokenizer(tokenizer: Any, bos: bool = True) -> Any:
+    """As much of a model as prompts and contrast pairs need."""
+    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(default_prepend_bos=bos))
+
+
 def tiny_config(architecture: str) -> Any:
     """A configuration with 4 layers and d_model 32."""
     from transformers import AutoConfig
@@ -85,28 +107,69 @@ def tiny_config(architecture: str) -> Any:
     return AutoConfig.for_model(architecture, **common, **size)
 
 
+def write_tiny(
+    folder: Path, architecture: str = "llama", bos: bool = True, seed: int = 0, layers: int = 4
+) -> Any:
+    """Write a tiny random model with its tokenizer into a folder; it, as transformers has it."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = tiny_config(architecture)
+    config.num_hidden_layers = layers
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # the default initialisation hardly depends on its input
+        for parameter in plain.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    plain.save_pretrained(folder)
+    make_tokenizer(bos).save_pretrained(folder)
+    return plain
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Any, Any]]]:
     """``tiny(architecture, bos=True)`` -> (bridge, plain transformers model), same weights."""
-    from transformers import AutoModelForCausalLM
-
     made: dict[Any, tuple[Any, Any]] = {}
 
     def make(architecture: str, bos: bool = True) -> tuple[Any, Any]:
         if (architecture, bos) not in made:
-            folder: Path = tmp_path_factory.mktemp(f"{architecture}-{bos}")
-            torch.manual_seed(0)
-            plain = AutoModelForCausalLM.from_config(tiny_config(architecture)).eval()
-            with torch.no_grad():  # the default initialisation hardly depends on its input
-                for parameter in plain.parameters():
-                    if parameter.ndim > 1:
-                        parameter.mul_(4)
-            plain.save_pretrained(folder)
-            make_tokenizer(bos).save_pretrained(folder)
+            folder = tmp_path_factory.mktemp(f"{architecture}-{bos}")
+            plain = write_tiny(folder, architecture, bos)
             made[architecture, bos] = (sl.load_model(str(folder), device="cpu"), plain)
         return made[architecture, bos]
 
     yield make
+    made.clear()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def booted(tiny: Any, request: pytest.FixtureRequest) -> Iterator[Callable[[str], tuple[Any, Any]]]:
+    """``booted(name)`` -> (bridge, plain transformers model), the bridge by TransformerLens' own
+    means, without `load_model`: of an architecture, or of ``smollm2``."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def boot(name: str) -> tuple[Any, Any]:
+        if name not in made:
+            if name == "smollm2":
+                model, plain = (request.getfixturevalue(n) for n in ("model", "plain_model"))
+                folder = model.tokenizer.name_or_path
+            else:
+                loaded, plain = tiny(name)
+                folder = loaded.cfg.model_name
+            bridge = TransformerBridge.boot_transformers(
+                folder,
+                hf_model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                tokenizer=AutoTokenizer.from_pretrained(folder),
+                device="cpu",
+            )
+            made[name] = bridge.eval(), plain
+        return made[name]
+
+    yield boot
     made.clear()
     gc.collect()
 
@@ -153,6 +216,15 @@ def reference_logits(plain: Any, ids: list[int], edits: list[tuple[int, str, Any
             handle.remove()
 
 
+def plain_logits(model: Any, plain: Any, text: str, vector: Any = None) -> torch.Tensor:
+    """Logits ``[token, vocabulary]`` of a text, with a steering vector at its front."""
+    edits = [
+        (layer, vector.site, adding(t, list(range(vector.n_positions))))
+        for layer, t in (vector.layers.items() if vector is not None else ())
+    ]
+    return reference_logits(plain, sl.encode(model, text), edits)
+
+
 def adding(vector: torch.Tensor, positions: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
     """A stream edit: row i of ``vector`` (or its only row) added at the i-th position."""
 
@@ -164,6 +236,73 @@ def adding(vector: torch.Tensor, positions: list[int]) -> Callable[[torch.Tensor
         return stream
 
     return edit
+
+
+def positions(at: Any, k: int, n: int, total: int) -> list[int]:
+    """Where a vector of k rows acts, written down anew from the definition of the words.
+
+    The prompt has n tokens, prompt and completion have ``total``.
+    """
+    if at == "front":
+        return list(range(k))
+    if at == "middle":
+        return list(range((n - k) // 2, (n - k) // 2 + k))
+    if at == "back":
+        return list(range(n - k, n))
+    if at == "prompt":
+        return list(range(n))
+    if at == "generated":
+        return list(range(n - 1, total))
+    if at == "all":
+        return list(range(total))
+    if isinstance(at, slice):  # bounds below zero count from the end of the prompt
+        bounds = [b + n if b is not None and b < 0 else b for b in (at.start, at.stop)]
+        return list(range(total))[slice(*bounds, at.step)]
+    return [p + n if p < 0 else p for p in at]
+
+
+def noise(
+    model: Any,
+    layer: int,
+    k: int = 1,
+    size: float = 3,
+    seed: int = 0,
+    site: str = "resid_pre",
+    at: str = "front",
+) -> Any:
+    """A vector of k positions at one layer, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    tensor = size * torch.randn(k, model.cfg.d_model, generator=generator)
+    return sl.SteeringVector({layer: tensor}, site=site, at=at)
+
+
+def mixture(model: Any) -> dict[str, Any]:
+    """Conditions of several kinds."""
+    return {
+        "control": None,
+        "add": sl.Add(noise(model, 1, site="resid_post"), at="generated"),
+        "both": [
+            noise(model, 2, k=2, site="resid_post"),
+            sl.Ablate(noise(model, 0, seed=1, site="resid_post"), at="all"),
+        ],
+    }
+
+
+@torch.no_grad()
+def batch_logits(model: Any, rows: list[tuple[list[int], Any]]) -> list[torch.Tensor]:
+    """Logits ``[token, vocabulary]`` of rows (token ids, condition), from one left-padded batch
+    in which each row has interventions of its own."""
+    from steerlib.hooks import BatchHooks
+    from steerlib.interventions import as_interventions
+    from steerlib.tokens import pad_id, pad_left
+
+    tokens, mask = pad_left([ids for ids, _ in rows], pad_id(model), "cpu")
+    acts = [as_interventions(condition, model) for _, condition in rows]
+    hooks = BatchHooks(model, acts, [len(ids) for ids, _ in rows])
+    hooks.window([len(ids) - tokens.shape[1] for ids, _ in rows], tokens.shape[1])
+    with hooks.hooks():
+        logits = model.forward(tokens, attention_mask=mask)
+    return [row[-len(ids) :].float() for row, (ids, _) in zip(logits, rows, strict=True)]
 
 
 def n_hooks(model: Any) -> int:

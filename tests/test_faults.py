@@ -5,23 +5,23 @@ hook stays on a model, and whoever is at fault gets one sentence.
 | --- | --- | --- |
 | interrupt (SIGINT) in a sweep with ``cache=`` | KeyboardInterrupt; finished rows are kept, the next run does the rest; no hooks | here |
 | interrupt in a sweep without ``cache=`` | KeyboardInterrupt; no hooks; the same call works again | here |
-| interrupt while a panel runs | the panel says so; no hooks; the kernel goes on | test_widgets_steering |
+| interrupt while a panel runs | the panel says so; no hooks; the kernel goes on | lab/panels |
 | interrupt of ``make figures`` between a figure and its numbers | both files whole | here |
-| kill -9 during the conversion of a model | the next load clears what was left and converts | test_models |
-| kill -9 during a sweep | finished shards are whole and used again | test_sweeps |
+| kill -9 during the conversion of a model | the next load clears what was left and converts | models/test_packaged |
+| kill -9 during a sweep | finished shards are whole and used again | engine/test_store |
 | kill -9 while a figure or its numbers are written | the old file stays whole; writing again works | here |
 | disk full: figure, numbers, sweep cache, captured activations, vector, control vector | one sentence with the path; the old file stays, no half file | here |
-| disk full: conversion of a model | one sentence with the space needed | test_models |
+| disk full: conversion of a model | one sentence with the space needed | models/test_packaged |
 | read-only folder: the same six | one sentence with the path, for a sweep before any work is done | here |
-| read-only folder: model cache | one sentence; a cache that is whole loads | test_models |
+| read-only folder: model cache | one sentence; a cache that is whole loads | models/test_packaged |
 | a missing package: judges, sentencepiece, the sources of the claims | one sentence that says what to install | here |
 | a backend that is not there (dask) | one sentence with those that are | here |
-| a CSV that is cut off, or empty | one sentence with the path | test_datasets, here |
-| a damaged file in a sweep cache, or of activations | one sentence with the path: delete it | test_sweeps, here |
+| a CSV that is cut off, or empty | one sentence with the path | lab/test_datasets, here |
+| a damaged file in a sweep cache, or of activations | one sentence with the path: delete it | engine/test_store, test_files, here |
 | a vector file that is a pickle, under any name | one sentence; nothing is unpickled | here |
 | a vector file with wrong shapes, no metadata, NaN, foreign tensors | one sentence | test_vectors, here |
 | a vector for another ``d_model``, or layers that are not there | one sentence | here |
-| a script in prompts, completions, tokens, names, errors | shown as text in every panel and table | test_widgets_*, test_plots*, here |
+| a script in prompts, completions, tokens, names, errors | shown as text in every panel and table | lab, here |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import steerlib as sl
-from steerlib import activations, generation, models, plots
+from steerlib.engine import decode
+from steerlib.lab import provenance, tables
+from steerlib.models import packaged
 
 ROOT = Path(__file__).parents[1]
 EVIL = "<script>alert(1)</script>"
@@ -72,20 +74,21 @@ def one_sentence(error: BaseException) -> str:
 # ---------------------------------------------------------------- interrupts
 
 SWEEP = """
-import json, sys, time
+import json, signal, sys, time
 import steerlib as sl
-from steerlib import generation
+from steerlib.engine import decode
 import test_faults as t
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
 folder, cache, when = sys.argv[1], sys.argv[2] or None, int(sys.argv[3])
 model = sl.load_model(folder, device="cpu")
-sample, calls = generation.sample, []
+sample, calls = decode.sample, []
 def waiting(*args):
     calls.append(len(args[0]))
     if len(calls) == when:
         print("now", flush=True)
         time.sleep(60)
     return sample(*args)
-generation.sample = waiting
+decode.sample = waiting
 try:
     t.sweep(model, cache)
 except KeyboardInterrupt:
@@ -130,7 +133,7 @@ def test_rows_that_ended_early_are_kept_too(
 ) -> None:
     """A text that has ended in a batch that goes on is finished; the rows beside it are not."""
     model, _ = tiny("llama")
-    (end,), sample, calls = generation.end_tokens(model), generation.sample, []
+    (end,), sample, calls = decode.end_tokens(model), decode.sample, []
 
     def third(*args: Any) -> Any:
         calls.append(len(args[0]))
@@ -141,7 +144,7 @@ def test_rows_that_ended_early_are_kept_too(
             raise KeyboardInterrupt
         return chosen
 
-    monkeypatch.setattr(generation, "sample", third)
+    monkeypatch.setattr(decode, "sample", third)
     with pytest.raises(KeyboardInterrupt):
         sl.generate(model, PROMPTS[0], cache=tmp_path, **RUN)
     assert calls == [3, 3, 2] and n_hooks(model) == 0
@@ -168,7 +171,7 @@ def save_figure(folder: Path, model: Any, value: float = 1.0) -> None:
     os.environ["STEERLIB_FIGS"] = str(folder)
     try:
         data = pd.DataFrame({"value": [value] * 50})
-        plots.save_figure(figure(value), "01_picture", data)
+        provenance.save_figure(figure(value), "01_picture", data)
     finally:
         del os.environ["STEERLIB_FIGS"]
 
@@ -210,8 +213,7 @@ def test_a_full_disk(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     old = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
         if path.suffix == ".safetensors":
-            for module in (safetensors.torch, activations):
-                patch.setattr(module, "save_file", no_space)
+            patch.setattr(safetensors.torch, "save_file", no_space)
         else:
             (tmp_path / f".{path.name}.{os.getpid()}.part").symlink_to("/dev/full")
         write(tmp_path, model)
@@ -249,7 +251,7 @@ def test_a_read_only_folder(
     write, pattern = WRITERS[what]
     write(tmp_path, model)  # whatever is imported late is imported now
     run: list[Any] = []
-    monkeypatch.setattr(generation, "run", lambda *args, **kwargs: run.append(args))
+    monkeypatch.setattr(decode, "run", lambda *args, **kwargs: run.append(args))
     with read_only() as folder:
         with pytest.raises(OSError) as caught:
             write(folder if there else folder / "below", model)
@@ -335,7 +337,7 @@ def test_a_missing_tokenizer_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ImportError, match=r"gemma3-270m .*SentencePiece.*steerlib\[gemma\]") as e:
-        models._convert(models.MODELS["gemma3-270m"], tmp_path / "x.gguf", tmp_path)
+        packaged._convert(packaged.MODELS["gemma3-270m"], tmp_path / "x.gguf", tmp_path)
     one_sentence(e.value)
 
 
@@ -348,7 +350,7 @@ def test_a_missing_source_of_the_claims(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", ["sentence_transformers", "openai"])
 def test_a_missing_judge(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    judges = pytest.importorskip("steerlib.judges")
+    judges = pytest.importorskip("steerlib.lab.judges")
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"steerlib\[judges\]") as caught:
         judges._package(name)
@@ -445,7 +447,7 @@ def test_a_vector_of_another_model(
     with pytest.raises(ValueError, match=words) as caught:
         sl.generate(model, PROMPTS, {"foreign": foreign}, **RUN)
     one_sentence(caught.value)
-    shown = sl.widgets.SteeringPanel(model, PROMPTS[0], vector=foreign, max_new_tokens=2)
+    shown = sl.panels.SteeringPanel(model, PROMPTS[0], vector=foreign, max_new_tokens=2)
     assert "d_model" in shown.output.value and "<table" not in shown.output.value
 
 
@@ -458,7 +460,7 @@ def test_a_vector_file_with_markup_is_text_in_a_panel(tiny: Any, tmp_path: Path)
     made = sl.SteeringVector({1: torch.ones(1, 32)}, at="all", meta={"name": EVIL})
     made.save(tmp_path / "v")
     loaded = sl.SteeringVector.load(tmp_path / "v")
-    shown = sl.widgets.SteeringPanel(model, PROMPTS[0], vector=loaded, max_new_tokens=2)
+    shown = sl.panels.SteeringPanel(model, PROMPTS[0], vector=loaded, max_new_tokens=2)
     assert "<script" not in shown.output.value and "&lt;script&gt;" in shown.output.value
 
 
@@ -470,5 +472,5 @@ def test_markup_is_text_in_every_table() -> None:
         {"text": [EVIL], "token": [EVIL], "before": [-1.0], "after": [-2.0], "change": [-1.0]}
     )
     table = pd.DataFrame([["0", "+1", EVIL]], columns=["layer", "coefficient", "0"])
-    for page in (plots.side_by_side(frame), plots.token_heatmap(tokens), plots.alignment(table)):
+    for page in (tables.side_by_side(frame), tables.token_heatmap(tokens), tables.alignment(table)):
         assert "<script" not in page.data and "&lt;script&gt;" in page.data

@@ -1,15 +1,18 @@
 """What the files around the code say about it: they agree, and they hold on another machine."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -331,45 +334,99 @@ def test_browser_tests_run_in_a_target_of_their_own():
         assert make("-n", target).stdout.strip().endswith(f"-m pytest -m {marker}")
 
 
-# --- the site -------------------------------------------------------------------------------
+def test_markers_are_known_and_check_runs_the_fast_tests():
+    known = {line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    assert known == {"browser", "slow"}
+    recipe = make("-n", "check").stdout.strip()
+    assert recipe.endswith("-m pytest -q -m 'not browser and not slow'") and "ruff" in recipe
 
 
-def test_site(tmp_path, capsys):
-    from steerlib import site
+# --- the wheel ------------------------------------------------------------------------------
 
-    def write(path: Path, title: str, age: int) -> None:
-        path.parent.mkdir(exist_ok=True)
-        new = nbformat.v4
-        picture = new.new_output("display_data", {"image/png": "aGVsbG8="})
-        notebook = new.new_notebook(
-            cells=[
-                new.new_markdown_cell(f"# {title}\n\n**Question.** Does *x* `<y>`\nfollow [z](u)?"),
-                new.new_markdown_cell("After [the other](02_two.ipynb)."),
-                new.new_code_cell("1", outputs=[picture] if "picture" in title else []),
-            ]
-        )
-        nbformat.write(notebook, path)
-        os.utime(path, (path.stat().st_mtime - age,) * 2)
+INSTALLED = """
+import json, sys
+import steerlib as sl
+from steerlib.lab import provenance
 
-    executed, committed, out = tmp_path / "executed", tmp_path / "committed", tmp_path / "site"
-    write(committed / "01_one.ipynb", "01 committed", age=10)
-    write(executed / "01_one.ipynb", "01 executed & with a picture", age=0)
-    write(committed / "02_two.ipynb", "02 edited since", age=0)
-    write(executed / "02_two.ipynb", "02 executed with a picture", age=10)
-    write(committed / "03_three.ipynb", "03 never executed", age=0)
-    write(committed / "app.ipynb", "no experiment", age=0)
-    site.main(executed, committed, out)
+exec(sys.stdin.read())
+data = sl.datasets.folder()
+names = [p.stem for p in data.glob("*.csv")]
+json.dump(
+    {
+        "modules": sorted({m.__file__ for n, m in sys.modules.items()
+                           if n.split(".")[0] == "steerlib" and getattr(m, "__file__", None)}),
+        "data": str(data),
+        "rows": {name: len(sl.datasets.load(name)) for name in names},
+        "words": sl.datasets.words("wedding"),
+        "layer": int(sl.settings.vector_settings("5", model).layer),
+        "demonstrations": sl.demonstrations.names(),
+        "figures": str(provenance.folder()),
+        "prompts": leaning.prompt.nunique(),
+        "families": sorted(map(str, leaning.family.unique())),
+    },
+    open("said.json", "w"),
+)
+"""
 
-    index = (out / "index.html").read_text()
-    assert "<h2>01 executed &amp; with a picture</h2>" in index
-    assert index.count("<p>Does x &lt;y&gt; follow z?</p>") == 3
-    assert re.findall('href="(.+?)"', index) == ["01_one.html", "02_two.html", "03_three.html"]
-    assert re.findall('src="(.+?)"', index) == ["01_one.png"]
-    assert "02 edited since" in index and "03 never executed" in index
-    assert (out / "01_one.png").read_bytes() == b"hello"
-    page = (out / "01_one.html").read_text()
-    assert 'href="02_two.html"' in page and "01 committed" not in page
-    assert {p.name for p in out.iterdir()} == {
-        "index.html", "01_one.html", "01_one.png", "02_two.html", "03_three.html"
-    }  # fmt: skip
-    assert "open" in capsys.readouterr().out
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of what git has, so that nothing is left in the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copied = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("steerlib", "data"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=copied)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_package_and_its_data(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name: archive.read(name) for name in archive.namelist()}
+    for folder, place in (("steerlib", "steerlib"), ("data", "steerlib/_data")):
+        for path in (ROOT / folder).rglob("*"):
+            parts = path.relative_to(ROOT / folder).parts
+            if path.is_file() and not any(p[0] == "." or p == "__pycache__" for p in parts):
+                assert inside["/".join([place, *parts])] == path.read_bytes(), path
+    tops = {name.split("/")[0] for name in inside}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"steerlib"}
+
+
+def test_an_installed_package_runs_the_readme_on_its_own_data(wheel, tmp_path):
+    """Without this checkout: an empty folder, the wheel, and what it depends on."""
+    from conftest import write_tiny
+
+    here = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", here, wheel]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    write_tiny(tmp_path / "model", layers=6)  # stands in for the model of the README
+    readme = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert readme.count('"smollm2-135m"') == 1 and "sl.SteeringVector.from_prompts" in readme
+    # -S: no .pth file is read, and so no editable install is found
+    others = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    hidden = {"STEERLIB_DATA", "STEERLIB_FIGS"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here), *others])
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", INSTALLED],
+        cwd=work, env=environment, capture_output=True, text=True,
+        input=readme.replace('"smollm2-135m"', repr(str(tmp_path / "model"))),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads((work / "said.json").read_text())
+    assert all(path.startswith(f"{here}/steerlib/") for path in said["modules"])
+    assert said["data"] == str(here / "steerlib/_data")
+    tables = {p.stem: len(pd.read_csv(p)) for p in (ROOT / "data").glob("*.csv")}
+    assert said["rows"] == tables and len(said["words"]) == 9 and "15a" in said["demonstrations"]
+    assert said["figures"] == "figs"  # of the folder that one works in
+    assert said["prompts"] == 1 and {"random", "unrelated"} < set(said["families"])

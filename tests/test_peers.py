@@ -17,8 +17,6 @@ from steering_vectors.aggregators import mean_aggregator, pca_aggregator
 from transformers import AutoTokenizer
 
 import steerlib as sl
-from steerlib.interventions import interventions
-from steerlib.scoring import _forward
 
 np.float_ = np.float64  # repeng names it, numpy 2 does not
 import repeng  # noqa: E402
@@ -60,9 +58,8 @@ def logits_of(plain: Any, ids: list[int]) -> torch.Tensor:
 def check_logits(model: Any, condition: Any, theirs: Callable[[list[int]], torch.Tensor]) -> None:
     """Ours, in one padded batch, against one unpadded prompt at a time."""
     ids = [sl.encode(model, prompt) for prompt in PROMPTS]
-    acts = interventions(condition, model)
-    for r, ours in _forward(model, [(i, acts) for i in ids]):
-        torch.testing.assert_close(ours, theirs(ids[r]), atol=5e-3, rtol=1e-3)
+    for i, ours in zip(ids, sl.steered_logits(model, PROMPTS, condition), strict=True):
+        torch.testing.assert_close(ours[-len(i) :], theirs(i), atol=5e-3, rtol=1e-3)
 
 
 def test_they_see_the_same_tokens(model: Any, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from test_activations import streams
 
 import steerlib as sl
 from steerlib import vectors
-from steerlib.vectors import fit_direction
 
 np.float_ = np.float64  # repeng names it, numpy 2 does not
 from repeng import ControlVector  # noqa: E402
@@ -107,13 +107,13 @@ def test_a_common_beginning_is_zero_whatever_the_kernels_do(
 ) -> None:
     """Rows of a batch may differ in the last bit, here by a little more."""
     model, _ = tiny("llama")
-    read = vectors._capture_groups
+    read = vectors.capture_groups
 
     def noisy(*args: Any) -> torch.Tensor:
         acts = read(*args)
         return acts + 1e-5 * gaussian(*acts.shape)
 
-    monkeypatch.setattr(vectors, "_capture_groups", noisy)
+    monkeypatch.setattr(vectors, "capture_groups", noisy)
     v = sl.SteeringVector.from_prompts(model, *PROMPT_CASES[3], layer=2).layers[2]
     ids = [by_hand(model, text) for text in PROMPT_CASES[3]]
     shared = [a == b for a, b in zip(*ids, strict=False)].index(False)
@@ -178,45 +178,6 @@ def test_from_pairs_equals_the_closed_forms(
             assert (diffs @ direction).mean() >= -1e-6  # positive ones project higher
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_pca_is_not_centred(seed: int) -> None:
-    """What all pairs have in common is the first component, not lost with the mean."""
-    torch.manual_seed(seed)
-    common = torch.nn.functional.normalize(torch.randn(12), dim=0).double()
-    diffs = -5 * common + torch.randn(40, 12).double()
-    assert float(fit_direction(diffs, "pca") @ -common) > 0.98
-    _, axes = np.linalg.eigh((diffs.T @ diffs).numpy())
-    for k in range(12):
-        direction = fit_direction(diffs, "pca", k).numpy()
-        assert abs(direction @ axes[:, -1 - k]) == pytest.approx(1, abs=1e-8)
-        assert np.linalg.norm(direction) == pytest.approx(1)
-        assert (diffs.numpy() @ direction).mean() >= 0
-
-
-@pytest.mark.parametrize("method", ["mean", "pca", "probe"])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_every_method_separates_held_out_differences(method: str, scale: float) -> None:
-    torch.manual_seed(0)
-    truth = torch.nn.functional.normalize(torch.randn(30), dim=0).double()
-    diffs = scale * (3 * truth + torch.randn(400, 30).double())
-    direction = fit_direction(diffs[:100], method)
-    assert float((diffs[100:] @ direction > 0).double().mean()) > 0.97
-    assert float(torch.nn.functional.normalize(direction, dim=0) @ truth) > 0.8
-    assert method == "mean" or float(direction.norm()) == pytest.approx(1)
-    unscaled = fit_direction(diffs[:100] / scale, method)  # the units make no difference
-    assert float(torch.cosine_similarity(direction, unscaled, 0)) == pytest.approx(1, abs=1e-5)
-
-
-def test_probe_turns_away_from_noise() -> None:
-    """Unlike the mean, it discounts a direction in which the pairs scatter."""
-    torch.manual_seed(0)
-    diffs = torch.randn(400, 2).double() * torch.tensor([10.0, 0.5]) + torch.tensor([3.0, 1.0])
-    right = [
-        float((diffs @ fit_direction(diffs, m) > 0).double().mean()) for m in ("mean", "probe")
-    ]
-    assert right[0] < 0.7 and right[1] > 0.95
-
-
 # ---------------------------------------------------------------- noise, parts, arithmetic
 
 
@@ -231,6 +192,101 @@ def test_random_like_has_the_norms_and_nothing_else() -> None:
             assert cosine.abs().max() < 0.15
     assert same(noise[0], noise[1]) and not same(noise[0], noise[2])
     assert (noise[0].site, noise[0].at, noise[0].n_positions) == (v.site, v.at, 3)
+
+
+def check_norms(control: sl.SteeringVector, v: sl.SteeringVector) -> None:
+    """Another vector with the norm of ``v`` at every layer and position, and its place."""
+    assert (control.site, control.at, sorted(control.layers)) == (v.site, v.at, sorted(v.layers))
+    for layer, norm in v.norm().items():
+        torch.testing.assert_close(control.norm()[layer], norm, rtol=1e-5, atol=1e-6)
+        cosine = torch.cosine_similarity(control.layers[layer], v.layers[layer])
+        assert cosine[norm > 0].abs().min() < 0.95
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text"])
+def test_unrelated_like_is_the_text_minus_spaces(tiny: Any, architecture: str, bos: bool) -> None:
+    model, plain = tiny(architecture, bos)
+    start = [model.tokenizer.bos_token_id] * bos
+    (space,) = model.tokenizer(" ", add_special_tokens=False)["input_ids"]
+    for plus, minus in [(" wedding", " "), ("I went up to the harbour and", "Hate"), ("Love", "")]:
+        v = 4 * sl.SteeringVector.from_prompts(model, plus, minus, layer=[1, 3])
+        n = v.n_positions
+        for text in ("dogs", "the morning, and nobody knew when it would return"):
+            control = sl.SteeringVector.unrelated_like(model, v, text)
+            check_norms(control, v)
+            body = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = [*start, *body * n][:n]  # repeated, or cut
+            pads = [*start, *[space] * n][:n]
+            read = [streams(plain, i)[v.site][[1, 3]] for i in (ids, pads)]
+            for layer, difference in zip((1, 3), read[0] - read[1], strict=True):
+                norm = v.norm()[layer][:, None]
+                expected = torch.nn.functional.normalize(difference, dim=-1) * norm
+                torch.testing.assert_close(
+                    control.layers[layer][bos:], expected[bos:], atol=1e-3, rtol=1e-3
+                )
+                if bos:  # where both are the same there is nothing to subtract
+                    own = torch.nn.functional.normalize(read[0][(1, 3).index(layer)][0], dim=0)
+                    torch.testing.assert_close(control.layers[layer][0], own * norm[0])
+            assert control.meta["method"] == "unrelated_like" and text[:9] in repr(control)
+
+
+def test_unrelated_like_of_a_vector_with_bos(tiny: Any) -> None:
+    """Nothing is subtracted: the vector holds the stream at BOS, which no difference does."""
+    model, _ = tiny("llama")
+    v = sl.SteeringVector.from_prompts(model, "Love and hate", layer=[1, 3])
+    assert all(norm[0] > 1 for norm in v.norm().values())
+    control = sl.SteeringVector.unrelated_like(model, v, "the rain")
+    for layer, norm in v.norm().items():
+        torch.testing.assert_close(control.norm()[layer], norm)
+        torch.testing.assert_close(control.layers[layer][0], v.layers[layer][0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text"])
+def test_unrelated_like_of_a_direction(tiny: Any, architecture: str) -> None:
+    model, plain = tiny(architecture)
+    v = sl.SteeringVector.from_pairs(model, PAIRS, layers=[0, 2])
+    control = sl.SteeringVector.unrelated_like(model, v, "the little dog")
+    check_norms(control, v)
+    for layer in (0, 2):
+        ends = [
+            streams(plain, sl.encode(model, text))[v.site][layer, -1]
+            for text in ("the little dog", " ")
+        ]
+        expected = torch.nn.functional.normalize(ends[0] - ends[1], dim=0) * v.norm()[layer]
+        torch.testing.assert_close(control.layers[layer][0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_controls(tiny: Any) -> None:
+    model, _ = tiny("llama")
+    front = 6 * sl.SteeringVector.from_prompts(model, "I love dogs", "Hate", layer=[1, 2])
+    direction = -2 * sl.SteeringVector.from_pairs(model, PAIRS)
+    for v in (front, direction):
+        found = sl.controls(v, model)
+        families = [name.family for name in found]
+        assert families == ["random"] * 20 + ["unrelated"] * 8
+        assert [name.control for name in found][:20] == [str(seed) for seed in range(20)]
+        assert tuple(name.control for name in found)[20:] == vectors.UNRELATED[:8]
+        for control in found.values():
+            check_norms(control, v)
+        for a, b in itertools.combinations(found.values(), 2):
+            layer = max(a.layers)
+            assert not torch.allclose(a.layers[layer][-1], b.layers[layer][-1], atol=1e-3)
+        again = sl.controls(v, model)
+        assert list(again) == list(found) and all(same(again[n], found[n]) for n in found)
+        later = sl.controls(v, seed=15, n_random=10)  # no model: random ones only
+        assert [name.control for name in later] == [str(seed) for seed in range(15, 25)]
+        shared = [name for name in later if name in found]
+        assert len(shared) == 5 and all(same(later[n], found[n]) for n in shared)
+    own = sl.controls(front, model, n_random=0, unrelated=["the rain", "a party"])
+    assert [tuple(name) for name in own] == [("unrelated", "the rain"), ("unrelated", "a party")]
+    assert sl.controls(front, model, 0, 0) == {}
+    with pytest.raises(ValueError, match=r"There are 12 unrelated texts, 13 are wanted"):
+        sl.controls(front, model, unrelated=13)
+    table = sl.propensity(
+        model, "I love dogs", [" love"], [" hate"], {"it": front, **sl.controls(front, model, 3, 2)}
+    )
+    assert list(table.family[1:]) == ["random"] * 3 + ["unrelated"] * 2
 
 
 @pytest.mark.parametrize("which", ["first", "last", "random"])
@@ -292,11 +348,11 @@ def test_arithmetic() -> None:
         (lambda m: sl.SteeringVector.from_pairs(m, PAIRS, position=-90), "Position -90"),
         (
             lambda m: sl.SteeringVector.from_pairs(m, PAIRS, method="pca", component=5),
-            "Component 5 .* 5 pairs",
+            "6 components cannot be had from 5 pairs",
         ),
         (
             lambda m: sl.SteeringVector.from_pairs(m, PAIRS, method="pca", component=-1),
-            "Component -1",
+            "0 components cannot be had",
         ),
         (lambda m: sl.SteeringVector({}), "at least one layer"),
         (lambda m: sl.SteeringVector({1: torch.ones(4)}), "same shape"),

@@ -1,0 +1,1 @@
+"""Many rows at once: the decode loop, its cache, tables of completions, resuming."""

@@ -1,0 +1,499 @@
+"""The decode loop: rows in, completions out, as many rows at once as memory allows.
+
+Every row has its own interventions and its own random numbers. Work that rows have in common is
+done once: all but the last token of a prompt run once for every condition that leaves them alone,
+and once per condition otherwise; the samples of one prompt under one condition part only after
+that. Rows that finish leave the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..activations import new_cache
+from ..hooks import BatchHooks
+from ..interventions import (
+    Condition,
+    Intervention,
+    as_interventions,
+    first_position,
+    warn_untouched,
+)
+from ..tokens import (
+    Prompt,
+    columns_of,
+    common_prefix,
+    input_device,
+    pad_id,
+    pad_left,
+    prompt_ids,
+)
+from .kv_cache import PreallocatedLayer, native_attention, preallocated_cache
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Stop = str | Sequence[str] | Callable[[str], bool] | None
+Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
+_ROWS_SAMPLED = 64  # at once
+_WORTH_SHARING = 32  # tokens that need not run; fewer would not pay for a pass of their own
+
+
+@dataclass
+class Row:
+    """One completion in the making."""
+
+    prompt: int
+    condition: int
+    sample: int
+    prompt_ids: list[int]
+    acts: list[Intervention]
+    draws: np.ndarray  # one uniform number per new token
+    new: list[int] = field(default_factory=list)
+    text: str = ""
+    stopped: bool = False
+    done: bool = False  # set last: the other fields are final
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. See `generate.generate`."""
+
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    top_p: float = 0.3
+    frequency_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+        if not self.frequency_penalty >= 0:
+            raise ValueError(f"frequency_penalty must be 0 or more, got {self.frequency_penalty}.")
+
+
+def make_rows(
+    model: TransformerBridge,
+    prompts: Sequence[Prompt],
+    conditions: Sequence[Condition],
+    n_samples: int,
+    sampling: Sampling,
+    seed: int,
+    behind: Sequence[int] | None = None,
+) -> list[Row]:
+    """All rows in order, checked: every condition fits the model and every prompt.
+
+    ``behind`` says how many tokens run behind each prompt, if not as many as are sampled but one:
+    a condition that touches none of them all gets a warning.
+    """
+    acts = [as_interventions(c, model) for c in conditions]
+    rows = []
+    for p, prompt in enumerate(prompts):
+        ids = prompt_ids(model, prompt)
+        for a in acts:
+            more = sampling.max_new_tokens - 1 if behind is None else behind[p]
+            warn_untouched(a, len(ids), len(ids) + more)
+        # Seeded by content, not by place: the same prompt gets the same draws in any company.
+        said = prompt if isinstance(prompt, str) else repr(ids)
+        key = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little")
+        draws = [
+            np.random.default_rng([seed, key, s]).random(sampling.max_new_tokens)
+            for s in range(n_samples)
+        ]
+        rows += [
+            Row(p, c, s, ids, acts[c], draws[s])
+            for c in range(len(conditions))
+            for s in range(n_samples)
+        ]
+    return rows
+
+
+def run(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    stop: Stop = None,
+    batch_size: int | None = None,
+    use_cache: bool = True,
+    on_progress: Callable[[int], Any] = lambda n: None,
+) -> None:
+    """Complete all rows in place, in batches of similar prompt length."""
+    order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition, r.sample))
+    longest = len(order[-1].prompt_ids) + sampling.max_new_tokens
+    size = batch_size or rows_that_fit(model, longest)
+    begin = 0
+    while begin < len(order):
+        batch = order[begin : begin + size]
+        try:
+            for done in decode(model, batch, sampling, stop, use_cache):
+                on_progress(done)
+        except RuntimeError as error:
+            if not out_of_memory(error) or size == 1:
+                raise
+            size = max(1, len(batch) // 2)
+            for row in batch:
+                row.new, row.text, row.stopped, row.done = [], "", False, False
+            continue
+        begin += len(batch)
+
+
+def first_logits(
+    model: TransformerBridge, rows: Sequence[Row], batch_size: int | None = None
+) -> Iterator[tuple[Sequence[Row], torch.Tensor]]:
+    """Batches of rows, as they come, with their first next-token logits ``[row, vocabulary]``."""
+    size = batch_size or rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    for begin in range(0, len(rows), size):
+        batch = rows[begin : begin + size]
+        with torch.no_grad():
+            yield batch, prefill(model, batch, 0)[0]
+
+
+def score(
+    model: TransformerBridge, rows: Sequence[Row], targets: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Log-probability of every token of each row's target, read after the row's prompt.
+
+    Prompts run as in `prefill`, so rows that differ in their target alone share all of it.
+
+    Args:
+        rows: one batch; targets: token ids of each, at least one.
+
+    Returns:
+        float32 ``[token]`` for each row, natural logarithms.
+    """
+    device, longest = input_device(model), max(map(len, targets)) - 1
+    with torch.no_grad():
+        logits, cache = prefill(model, rows, longest)
+        first = logits.float().log_softmax(-1)
+        found = [first[i, ids[0], None].cpu() for i, ids in enumerate(targets)]
+        if not longest:
+            return found
+        # Prompts are padded on the left and targets on the right, so that they meet.
+        _, mask = pad_left([r.prompt_ids for r in rows], pad_id(model), device)
+        padded = [[*ids[:-1], *[pad_id(model)] * (longest - len(ids) + 1)] for ids in targets]
+        tokens = torch.tensor(padded, device=device)
+        sizes = torch.tensor([len(ids) - 1 for ids in targets], device=device)
+        new = (torch.arange(longest, device=device) < sizes[:, None]).long()
+        lengths = [len(r.prompt_ids) for r in rows]
+        hooks = BatchHooks(model, [r.acts for r in rows], lengths)
+        stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
+        hooks.window(lengths, stop=stop)
+        with hooks.hooks():
+            mask = torch.cat([mask, new], 1)
+            logits = model.forward(tokens, attention_mask=mask, past_key_values=cache)
+        for i, ids in enumerate(targets):
+            if len(ids) > 1:
+                rest = torch.tensor(ids[1:], device=device)[:, None]
+                scores = logits[i, : len(ids) - 1].float().log_softmax(-1).gather(1, rest)[:, 0]
+                found[i] = torch.cat([found[i], scores.cpu()])
+    return found
+
+
+def decode(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    stop: Stop = None,
+    use_cache: bool = True,
+    watch: Watch | None = None,
+    own: int = 2,
+) -> Iterator[int]:
+    """One batch, token by token, completing ``rows`` in place.
+
+    Args:
+        watch: called before every pass with (index of each row, its first position, width of the
+            pass); returns TransformerLens hooks that read what they like. Only for rows that
+            share no prompt, and for the last ``own`` tokens of a prompt and what follows.
+
+    Yields after every step how many tokens are settled; between steps the model has no hooks, so
+    whoever iterates may do something else with it, or stop.
+    """
+    device, ends = input_device(model), end_tokens(model)
+    live, numbers = list(rows), list(range(len(rows)))
+    tokens, mask = pad_left([r.prompt_ids for r in live], pad_id(model), device)
+    history, seen = tokens, mask  # what the frequency penalty counts
+    hooks = BatchHooks(model, [r.acts for r in live], [len(r.prompt_ids) for r in live])
+    cache = None
+    for step in range(sampling.max_new_tokens):
+        lengths = [len(r.prompt_ids) + step for r in live]
+        with torch.no_grad():
+            if not use_cache:
+                logits = _forward(model, hooks, lengths, history, mask, None)
+            elif cache is None:
+                logits, cache = prefill(model, live, sampling.max_new_tokens, watch, own)
+            else:
+                seen_by = watch and partial(watch, numbers)
+                with native_attention(model):
+                    logits = _forward(model, hooks, lengths, tokens, mask, cache, seen_by)
+            draws = torch.tensor([r.draws[step] for r in live], device=device)
+            chosen = sample(logits, draws, sampling, history, seen)
+        keep = _advance(model, live, chosen.tolist(), ends, stop)
+        finished = len(live) - len(keep)
+        yield len(live) + finished * (sampling.max_new_tokens - step - 1)
+        if not keep:
+            return
+        if finished:
+            # The last rows take the places that fell vacant, so that few rows have to move.
+            left = {i: i for i in keep if i < len(keep)}
+            late = iter(i for i in keep if i >= len(keep))
+            keep = [left[i] if i in left else next(late) for i in range(len(keep))]
+            index = torch.tensor(keep, device=device)
+            live, numbers = [live[i] for i in keep], [numbers[i] for i in keep]
+            hooks.select(keep)
+            chosen, history, mask = chosen[index], history[index], mask[index]
+            if cache is not None:
+                cache.batch_select_indices(index)
+        tokens = chosen[:, None]
+        history = torch.cat([history, tokens], 1)
+        mask = seen = torch.cat([mask, torch.ones_like(tokens)], 1)
+    for row in live:
+        row.text, row.done = text(model, row), True
+
+
+def _forward(
+    model: TransformerBridge,
+    hooks: BatchHooks,
+    lengths: Sequence[int],
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Any,
+    watch: Callable[[list[int], int], list[tuple[str, Any]]] | None = None,
+    wanted: bool = True,
+) -> torch.Tensor:
+    """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
+
+    ``tokens`` are their last columns, the ones that the cache does not hold yet. If the logits are
+    not ``wanted``, the pass only fills the cache.
+    """
+    keep = columns_of(tokens, -1) if wanted else columns_of(tokens)
+    start = [n - tokens.shape[1] for n in lengths]
+    hooks.window(start, tokens.shape[1])
+    past = {} if cache is None else {"past_key_values": cache}
+    with hooks.hooks(watch(start, tokens.shape[1]) if watch else []):
+        logits = model.forward(tokens, attention_mask=mask, logits_to_keep=keep, **past)
+    return logits[:, -1] if wanted else logits
+
+
+def prefill(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    room: int,
+    watch: Watch | None = None,
+    own: int = 2,
+) -> tuple[torch.Tensor, Any]:
+    """Run the prompts, doing once what rows have in common; then there is room for more tokens.
+
+    The last ``own`` tokens of a prompt are never shared with other prompts.
+
+    Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
+    """
+    device = input_device(model)
+    # All but the last token depends on the prompt alone if the condition leaves it untouched.
+    untouched = [first_position(r.acts, len(r.prompt_ids)) >= len(r.prompt_ids) - 1 for r in rows]
+    prefixes, last_to_prefix = _distinct(
+        [(r.prompt, -1 if free else r.condition) for r, free in zip(rows, untouched, strict=True)]
+    )
+    last_tokens, row_to_last = _distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
+    longest = max(len(r.prompt_ids) for r in rows)
+    cache = preallocated_cache(model, len(rows), longest + room)
+    # Where nothing is shared, running the last token apart would only cost a pass.
+    split = len(prefixes) < len(last_tokens) and longest > 1
+    done = 0  # columns that are in the cache
+    for which, end in [(prefixes, -1), (last_tokens, None)] if split else [(last_tokens, None)]:
+        chosen = [rows[i] for i in which]
+        lengths = [len(r.prompt_ids) for r in chosen]
+        acts = [[] if end and untouched[i] else rows[i].acts for i in which]
+        if done:
+            index = torch.tensor([last_to_prefix[i] for i in which], device=device)
+            cache.batch_select_indices(index)
+        else:
+            done = _begin(model, chosen, acts, own, cache)
+        tokens, mask = pad_left([r.prompt_ids for r in chosen], pad_id(model), device)
+        logits = _forward(
+            model, BatchHooks(model, acts, lengths), [n + (end or 0) for n in lengths],
+            tokens[:, done:end], mask[:, :end], cache, watch and partial(watch, which),
+            wanted=end is None,
+        )  # fmt: skip
+        done = tokens.shape[1] - 1
+    index = torch.tensor(row_to_last, device=device)
+    cache.batch_select_indices(index)
+    return logits[index], cache
+
+
+def _begin(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    acts: Sequence[Sequence[Intervention]],
+    own: int,
+    cache: Any,
+) -> int:
+    """Run what all prompts begin with once, such as a system prompt, into every row of the cache.
+
+    Returns how many columns the cache holds then; 0 where it would not be worth a pass.
+    """
+    prompts = [r.prompt_ids for r in rows]
+    touched = (first_position(a, len(ids)) for a, ids in zip(acts, prompts, strict=True))
+    n = min(common_prefix(prompts), min(map(len, prompts)) - own, *touched)
+    fits = all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)  # no sliding window
+    if not fits or n * (len(prompts) - 1) < _WORTH_SHARING:
+        return 0
+    tokens = torch.tensor([prompts[0][:n]], device=input_device(model))
+    alone = new_cache(model)
+    model.forward(tokens, past_key_values=alone, logits_to_keep=columns_of(tokens))
+    width = max(map(len, prompts))
+    for layer, begun in zip(cache.layers, alone.layers, strict=True):
+        layer.begin_with(begun.keys, begun.values, [width - len(ids) for ids in prompts])
+    return n
+
+
+def _distinct(keys: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """Index of the first of each distinct key, and for every key the place among these."""
+    places: dict[Any, int] = {}
+    first: list[int] = []
+    for i, key in enumerate(keys):
+        if key not in places:
+            places[key] = len(first)
+            first.append(i)
+    return first, [places[key] for key in keys]
+
+
+def sample(
+    logits: torch.Tensor,
+    draws: torch.Tensor,
+    sampling: Sampling,
+    history: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """The next token of every row ``[row]``, by inverse transform of one uniform draw per row.
+
+    Args:
+        logits: ``[row, vocabulary]``.
+        draws: uniform numbers in [0, 1), ``[row]``.
+        history, seen: tokens so far and which of them count (not padding), ``[row, column]``.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # A few rows at a time, so that their scores stay in the processor's cache throughout.
+    size = _ROWS_SAMPLED if logits.device.type == "cpu" else len(logits)
+    parts = zip(
+        logits.split(size), draws.split(size), history.split(size), seen.split(size), strict=True
+    )
+    return torch.cat([_sample(*part, sampling) for part in parts])
+
+
+def _sample(
+    logits: torch.Tensor,
+    draws: torch.Tensor,
+    history: torch.Tensor,
+    seen: torch.Tensor,
+    sampling: Sampling,
+) -> torch.Tensor:
+    scores = logits.float()
+    if sampling.temperature != 1:
+        scores = scores / sampling.temperature
+    if sampling.frequency_penalty:
+        scores = scores.scatter_add(1, history, -sampling.frequency_penalty * seen.to(scores.dtype))
+    # The nucleus nearly always lies within the best few; sorting all of the vocabulary would take
+    # as long as the model's own step. Exact all the same: k grows until it holds the nucleus.
+    total = scores.logsumexp(-1, keepdim=True)
+    k = min(256, scores.shape[1])
+    while True:
+        top, index = scores.topk(k, dim=-1)
+        cumulated = (top - total).exp().cumsum(-1)
+        if k == scores.shape[1] or bool((cumulated[:, -1] >= sampling.top_p).all()):
+            break
+        k = min(16 * k, scores.shape[1])
+    # A token belongs to the nucleus if those before it do not reach top_p.
+    before = torch.cat([torch.zeros_like(cumulated[:, :1]), cumulated[:, :-1]], 1)
+    inside = before < sampling.top_p
+    size = inside.sum(-1, keepdim=True)
+    target = draws[:, None].to(cumulated.dtype) * cumulated.gather(1, size - 1)
+    choice = torch.minimum(torch.searchsorted(cumulated, target, right=True), size - 1)
+    return index.gather(1, choice)[:, 0]
+
+
+def _advance(
+    model: TransformerBridge, rows: list[Row], tokens: list[int], ends: set[int], stop: Stop
+) -> list[int]:
+    """Give every row its token; indices of the rows that go on."""
+    keep = []
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if token in ends:
+            row.stopped = True
+        else:
+            row.new.append(token)
+            if stop is not None:
+                row.text = text(model, row)
+                row.stopped = _stops(row, stop)
+        if not row.stopped:
+            keep.append(i)
+        else:
+            if stop is None or token in ends:
+                row.text = text(model, row)
+            row.done = True
+    return keep
+
+
+def _stops(row: Row, stop: Stop) -> bool:
+    """Whether the text says stop; a stop string and what follows it is cut off."""
+    if callable(stop):
+        return bool(stop(row.text))
+    words = [stop] if isinstance(stop, str) else list(stop or ())
+    found = [at for word in words if (at := row.text.find(word)) >= 0]
+    if found:
+        row.text = row.text[: min(found)]
+    return bool(found)
+
+
+def text(model: TransformerBridge, row: Row) -> str:
+    """The new text. Decoded behind the last prompt token, since some tokenizers drop a leading
+    space at the start of a text."""
+    decode = model.tokenizer.decode
+    before = row.prompt_ids[-1:]
+    whole = decode(before + row.new, skip_special_tokens=True)
+    return whole[len(decode(before, skip_special_tokens=True)) :]
+
+
+def end_tokens(model: TransformerBridge) -> set[int]:
+    """Tokens that end a text: the tokenizer's and those of the generation config."""
+    ends = {model.tokenizer.eos_token_id}
+    config = getattr(model.original_model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    ends |= set(more) if isinstance(more, list) else {more}
+    return {e for e in ends if e is not None}
+
+
+def rows_that_fit(model: TransformerBridge, length: int) -> int:
+    """How many rows of ``length`` tokens fit into half of the memory that is free now."""
+    cfg = model.cfg
+    device = input_device(model)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    item = torch.finfo(cfg.dtype).bits // 8
+    cache = 2 * cfg.n_layers * heads * cfg.d_head * length * item
+    # Cache (twice, while it grows), the logits and their copies in float32, one block's workings.
+    row = 2 * cache + 4 * cfg.d_vocab * 4 + length * (cfg.n_heads * length + 8 * cfg.d_model) * 4
+    return int(max(1, min(1024, free // 2 // row)))
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory has run out, on any device."""
+    text = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        phrase in text for phrase in ("out of memory", "can't allocate memory", "cannot allocate")
+    )

@@ -1,0 +1,324 @@
+"""The demonstrations of Turner et al. 2023: their vectors, and what they do, in nats.
+
+Tables: ``data/demonstrations.csv`` (prompts, vectors, the source's settings),
+``data/demonstration_effects.csv`` (prompts and continuations, dev and test apart),
+``data/settings.csv`` (layer and coefficient per model, chosen on dev prompts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..activations import capture
+from ..interventions import Conditions, named
+from ..measure import logprobs, stats
+from ..models.packaged import MODELS
+from ..tokens import encode
+from ..vectors import SteeringVector
+from . import datasets, settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+FRENCH = "french-codeswitch"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One row of ``demonstrations`` with its prompts and continuations; made by `load`.
+
+    Attributes:
+        row: of ``data/demonstrations.csv``.
+        dev, test: prompts; dev_control, test_control: their counterparts with another word, whose
+            effect is subtracted (number 16: duck for goose), or empty.
+        targets, references: continuations that do and do not show the behaviour.
+    """
+
+    row: pd.Series
+    dev: list[str]
+    test: list[str]
+    dev_control: list[str]
+    test_control: list[str]
+    targets: list[str]
+    references: list[str]
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+    def vector(self, model: TransformerBridge, layer: int) -> SteeringVector:
+        """Its steering vector, made before ``layer``."""
+        if self.id.startswith(FRENCH):
+            pairs = datasets.code_switches()
+            parts = [SteeringVector.from_prompts(model, a, b, layer=layer) for a, b in pairs]
+            return reduce(add, parts) / len(parts)
+        minus = self.row["minus"]
+        return SteeringVector.from_prompts(
+            model, self.row["plus"], minus if minus != "" else None, layer=layer
+        )
+
+    def chosen(self, model: TransformerBridge) -> SteeringVector:
+        """Its steering vector at the layer and with the coefficient of ``data/settings.csv``."""
+        found = settings.vector_settings(self.id, model)
+        return float(found.coefficient) * self.vector(model, int(found.layer))
+
+    def fitting(self, model: TransformerBridge, vector: SteeringVector) -> Demonstration:
+        """The same without test prompts that are too short for the vector."""
+        keep = [len(encode(model, text)) > vector.n_positions for text in self.test]
+        kept = [t for t, k in zip(self.test, keep, strict=True) if k]
+        control = [t for t, k in zip(self.test_control, keep, strict=False) if k]
+        return replace(self, test=kept, test_control=control)
+
+    def effects(
+        self,
+        model: TransformerBridge,
+        conditions: Conditions,
+        split: str = "test",
+        n_prompts: int | None = None,
+        n_continuations: int | None = None,
+    ) -> pd.DataFrame:
+        """The effect of each condition on each prompt, in nats (`logprobs.propensity`).
+
+        Args:
+            conditions: without the unsteered control, which is added.
+            split: ``dev`` or ``test``.
+            n_prompts, n_continuations: only so many, from the first on; all by default.
+
+        Returns:
+            One row per prompt x condition: prompt, condition (and the fields of its name), effect,
+            target_effect (how much of it is a rise of the targets), and shuffled: the effect with
+            half of the targets exchanged for their references, which should be none.
+        """
+        prompts = self.dev if split == "dev" else self.test
+        control = self.dev_control if split == "dev" else self.test_control
+        found = self._effects(model, conditions, prompts[:n_prompts], n_continuations)
+        if control:
+            other = self._effects(model, conditions, control[:n_prompts], n_continuations)
+            for column in ("effect", "target_effect", "shuffled"):
+                found[column] = found[column].to_numpy() - other[column].to_numpy()
+        return found
+
+    def _effects(
+        self,
+        model: TransformerBridge,
+        conditions: Conditions,
+        prompts: Sequence[str],
+        n: int | None,
+    ) -> pd.DataFrame:
+        both = {"unsteered": None, **named(conditions)}
+        texts = [*self.targets[:n], *self.references[:n]]
+        table = logprobs.continuation_table(model, prompts, texts, both)
+        k = len(texts) // 2
+        # [prompt, condition, side, continuation]; the i-th target and reference belong together
+        scores = table.logprob.to_numpy().reshape(len(prompts), len(both), 2, k)
+        swapped = scores.copy()
+        swapped[:, :, :, ::2] = scores[:, :, ::-1, ::2]
+        found = table.iloc[:: len(texts)].drop(columns=["continuation", "logprob"])
+        target, side, shuffled = (
+            np.logaddexp.reduce(x, axis=-1) for x in (scores[:, :, 0], scores, swapped)
+        )
+        columns = {
+            "effect": side[..., 0] - side[..., 1],
+            "target_effect": target,
+            "shuffled": shuffled[..., 0] - shuffled[..., 1],
+        }
+        changes = {name: (x - x[:, :1])[:, 1:].ravel() for name, x in columns.items()}
+        return found[found.condition != "unsteered"].reset_index(drop=True).assign(**changes)
+
+
+def load(demonstration: str) -> Demonstration:
+    """A demonstration by its id, such as ``"9"`` or ``"15b"``.
+
+    Raises:
+        ValueError: there is none of that id.
+    """
+    table = datasets.load("demonstrations").astype({"id": str}).set_index("id", drop=False)
+    if str(demonstration) not in table.index:
+        raise ValueError(
+            f"There is no demonstration {demonstration!r}; there are {', '.join(table.index)}."
+        )
+    row = table.loc[str(demonstration)]
+    name = FRENCH if row["id"].startswith(FRENCH) else row["id"]
+    texts = datasets.load("demonstration_effects").astype({"demonstration": str})
+    texts = texts[texts.demonstration == name]
+
+    def of(role: str, split: str) -> list[str]:
+        return texts.text[(texts.role == role) & (texts.split == split)].tolist()
+
+    # The source's own prompt first.
+    test = texts[(texts.role == "prompt") & (texts.split == "test")]
+    order = np.argsort(test.origin.to_numpy() != "source", kind="stable")
+    control = of("prompt-control", "test")
+    return Demonstration(
+        row,
+        of("prompt", "dev"),
+        [test.text.iloc[i] for i in order],
+        of("prompt-control", "dev"),
+        [control[i] for i in order] if control else [],
+        of("target", "both"),
+        of("reference", "both"),
+    )
+
+
+def names() -> list[str]:
+    """The ids of all demonstrations, in the source's order."""
+    return datasets.load("demonstrations")["id"].astype(str).tolist()
+
+
+def pooled_effects(
+    model: TransformerBridge,
+    demonstrations: Sequence[str],
+    conditions: Conditions,
+    split: str = "test",
+    n_prompts: int | None = None,
+    n_continuations: int | None = None,
+) -> pd.DataFrame:
+    """`Demonstration.effects` on the prompts of several demonstrations, each with its own
+    continuations, in one table: for a vector that belongs to all of them."""
+    import pandas as pd
+
+    given = (conditions, split, n_prompts, n_continuations)
+    frames = [load(name).effects(model, *given) for name in demonstrations]
+    return pd.concat(frames, ignore_index=True)
+
+
+def strength(
+    model: TransformerBridge, vector: SteeringVector, prompts: str | Sequence[str]
+) -> float:
+    """Norm of a vector (with its coefficient) over that of the stream it meets: no unit.
+
+    The mean norm over the positions that it changes and over its layers, over the mean norm of the
+    stream there: at the front of the prompts for vectors of several positions, at the last token
+    of the prompts for directions.
+
+    Source: Turner et al. 2023, 'Steering vectors are about as "big" as normal
+    activation vectors'.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    layers = sorted(vector.layers)
+    ratios: list[Any] = []
+    for layer in layers:
+        norm = vector.norm()[layer]
+        changed = (norm > 0).nonzero()[:, 0].tolist()
+        if not changed:
+            continue
+        if vector.at == "front" or vector.n_positions > 1:
+            long = [t for t in texts if len(encode(model, t)) > max(changed)]
+            where: Any = changed
+        else:
+            long, where = texts, [-1]
+        stream = capture(model, long, layer, where, vector.site).norm(dim=-1).mean()
+        ratios.append(float(norm[changed].mean() / stream))
+    return float(np.mean(ratios)) if ratios else 0.0
+
+
+def variants(
+    model: TransformerBridge,
+    demonstration: str,
+    names: Sequence[str],
+    size: float,
+    layer: int | None = None,
+) -> dict[str, SteeringVector]:
+    """Other vectors for the prompts of a demonstration (``data/demonstration_variants.csv``).
+
+    All have one strength, so that they differ in direction alone. The vectors of a variant in
+    several rows are added together.
+
+    Args:
+        names: which variants; they have to be made where they are added.
+        size: the strength of each on the dev prompts.
+        layer: before which to add them; by default at the source's relative depth.
+
+    Raises:
+        ValueError: no such variant, or one of several layers.
+    """
+    table = datasets.load("demonstration_variants").astype({"demonstration": str})
+    demo, found = load(demonstration), {}
+    for name in names:
+        rows = table[(table.demonstration == demo.id) & (table.variant == name)]
+        depths = {*rows.layer_of_48.astype(int), *rows.made_at_layer_of_48.astype(int)}
+        if len(depths) != 1:
+            raise ValueError(f"Number {demo.id} has no variant {name!r} of one layer.")
+        before = round(depths.pop() * model.cfg.n_layers / settings.SOURCE_LAYERS)
+        before = before if layer is None else layer
+        parts = [
+            SteeringVector.from_prompts(model, row.plus, row.minus or None, layer=before)
+            if row.plus
+            else demo.vector(model, before)
+            for row in rows.itertuples()
+        ]
+        vector = reduce(add, parts)
+        found[name] = size / strength(model, vector, demo.dev) * vector
+    return found
+
+
+# ---------------------------------------------------------------- results, by model
+
+
+def results() -> pd.DataFrame:
+    """Effects on the test prompts in every model that was measured, with those of its controls.
+
+    Returns:
+        All of ``data/results/effects_<model>.csv``, the smallest model first; prompt is the number
+        of the prompt in `Demonstration.test`; which half of the targets is exchanged in shuffled
+        alternates from prompt to prompt.
+    """
+    import pandas as pd
+
+    frames = []
+    paths = {
+        path.stem.removeprefix("effects_"): path
+        for path in sorted((datasets.folder() / "results").glob("effects_*.csv"))
+    }
+    for name in sorted(paths, key=lambda m: list(MODELS).index(m) if m in MODELS else len(MODELS)):
+        frame = pd.read_csv(paths[name], dtype={"demonstration": str}, keep_default_na=False)
+        frame.insert(0, "model", name)
+        # To exchange the other half of the targets turns the sign. With the same half after every
+        # prompt, an effect that sits in a few of the targets would be there in all of them.
+        frame["shuffled"] *= 1 - 2 * (frame.prompt_number % 2)
+        frames.append(frame.rename(columns={"prompt_number": "prompt"}))
+    if not frames:
+        raise ValueError("There are no results: run data/make_settings.py.")
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(frame: pd.DataFrame, bound: float, value: str = "effect") -> pd.DataFrame:
+    """Each demonstration in each model: its effect, its controls, and whether it works.
+
+    Args:
+        frame: as `results` returns it.
+        bound: what counts as no effect, in nats (`stats.verdict`).
+        value: ``effect``, or ``shuffled`` for the check that should find none.
+
+    Returns:
+        One row per model x demonstration: model, demonstration, effect, low, high, n_test,
+        q95_random, q95_unrelated, p (sign-flip test over prompts, one-sided, since the direction
+        is given), p_holm (corrected for the demonstrations of this model), works (`stats.verdict`
+        would call a claim that it works reproduced), verdict (on what the source says).
+    """
+    import pandas as pd
+
+    said = datasets.load("demonstrations").astype({"id": str}).set_index("id").works
+    rows = []
+    for (model, name), part in frame.groupby(["model", "demonstration"], sort=False):
+        own = part[part["family"] == "demonstration"]
+        here = stats.clustered_interval(own[value], own.prompt)
+        q = [stats.control_quantile(part, f, value) for f in ("random", "unrelated")]
+        two_sided = stats.sign_flip_p(own[value].to_numpy())
+        p = two_sided / 2 if here[0] > 0 else 1 - two_sided / 2
+        works = stats.verdict(*here, bound=bound, beyond=q) == "reproduced"
+        on = stats.verdict(*here, holds=said[name], bound=bound, beyond=q)
+        rows.append((model, name, *here, len(own), *q, p, works, on))
+    columns = ["model", "demonstration", "effect", "low", "high", "n_test"]
+    columns += ["q95_random", "q95_unrelated", "p", "works", "verdict"]
+    table = pd.DataFrame(rows, columns=columns)
+    corrected = table.groupby("model").p.transform(lambda p: stats.holm(p.to_numpy()))
+    table.insert(table.columns.get_loc("p") + 1, "p_holm", corrected)
+    return table

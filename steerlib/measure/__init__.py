@@ -1,0 +1,1 @@
+"""Numbers: log-probabilities, answers, probes, the lens, and their statistics."""

@@ -1,0 +1,182 @@
+"""Probes on synthetic activations whose structure is known, and on none at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import steerlib as sl
+from steerlib.directions import principal_components, unit_directions
+from steerlib.measure.probes import (
+    best_component,
+    component_table,
+    layer_accuracy,
+    pair_accuracy,
+    projections,
+)
+
+D = 24
+
+
+def synthetic(
+    n: int = 60, honesty: float = 1.0, label: float = 2.0, noise: float = 0.5, seed: int = 0
+) -> tuple[torch.Tensor, pd.DataFrame]:
+    """Twins of claims: dimension 0 carries honesty, 1 the label A or B, 2 the claim's truth."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, acts = [], torch.zeros(n, 2, D)
+    for i in range(n):
+        truth = i % 2 == 0
+        content = torch.randn(D, generator=generator) * noise
+        for j, honest in enumerate((True, False)):
+            says_true = truth == honest
+            acts[i, j] = content + noise * torch.randn(D, generator=generator)
+            acts[i, j, 0] += honesty * (1 if honest else -1)
+            acts[i, j, 1] += label * (1 if says_true else -1)
+            acts[i, j, 2] += 3 * label * (1 if truth else -1)
+            rows.append((f"c{i}", f"p{i // 2}", truth, "A" if says_true else "B", honest))
+    return acts, pd.DataFrame(rows, columns=["id", "pair", "truth", "label", "honest"])
+
+
+def test_pair_accuracy_in_closed_form() -> None:
+    acts = torch.tensor([[[2.0, 0], [1, 9]], [[0, 0], [3, 0]], [[5, 1], [4, 1]], [[7, 0], [7, 5]]])
+    share, low, high = pair_accuracy(acts, torch.tensor([3.0, 0]))  # +, -, +, tie
+    assert share == round(2.5) / 4 and low < share < high
+    flipped = pair_accuracy(acts[:3], torch.tensor([-1.0, 0]))
+    assert flipped == sl.proportion_interval(1, 3)
+    assert pair_accuracy(acts[:3], torch.tensor([0.01, 0])) == sl.proportion_interval(2, 3)
+
+
+def test_component_table_names_them() -> None:
+    acts, labels = synthetic(120)
+    table = component_table(acts, labels).set_index(["component", "factor", "measure"])
+    assert table.accuracy[1, "label", "pairs"] > 0.95 and table.auc[1, "label", "prompts"] > 0.95
+    assert table.accuracy[2, "honesty", "pairs"] > 0.9
+    assert table.accuracy[2, "honesty", "prompts"] > 0.8
+    for other in [(1, "honesty"), (2, "label"), (3, "honesty"), (3, "label"), (2, "truth")]:
+        assert 0.3 < table.auc[*other, "prompts"] < 0.7
+    assert (1, "truth", "pairs") not in table.index  # the prompts of a pair share it
+    raw = component_table(acts, labels, of="raw").set_index(["component", "factor", "measure"])
+    assert raw.accuracy[1, "truth", "prompts"] > 0.95
+    assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
+    assert set(table.n) == {120, 240}
+
+
+def test_component_table_without_claims() -> None:
+    acts, labels = synthetic(40)
+    table = component_table(acts, labels.assign(truth=None), n_components=1)
+    assert list(table.factor) == ["honesty"] * 2 + ["label"] * 2
+
+
+def test_noise_gives_nothing() -> None:
+    acts, labels = synthetic(200, honesty=0, label=0)
+    found = layer_accuracy(acts[:, :, None], labels)
+    held_out = found[found.split == "held-out"]
+    assert held_out.accuracy.between(0.36, 0.64).all(), held_out.to_string()
+    assert found[(found.split == "train") & (found.method == "logistic")].accuracy.item() > 0.6
+    table = component_table(acts, labels)
+    assert table.auc.between(0.38, 0.62).all(), table.to_string()
+    explained = principal_components(acts, 3)[1]
+    assert explained[0] < 2.5 * explained[2]
+
+
+def test_planted_direction_is_found_and_controls_are_not() -> None:
+    acts, labels = synthetic(120)
+    none = synthetic(120, honesty=0, label=0)[0]
+    both = torch.stack([none, acts], 2)  # [pair, 2, layer, d_model]
+    table = layer_accuracy(both, labels, layers=[3, 9]).set_index(["layer", "method", "split"])
+    for method in ("mean", "pc2", "logistic", "mass-mean"):
+        assert table.accuracy[9, method, "held-out"] > 0.9, method
+        assert table.accuracy[3, method, "held-out"] < 0.65, method
+    assert table.accuracy[9, "pc1", "held-out"] < 0.65  # the label
+    for split in ("train", "held-out"):
+        assert 0.4 < table.accuracy[9, "shuffled", split] < 0.6
+        assert table.accuracy[9, "random", split] < 0.7
+        assert table.high[9, "random", split] < 0.95
+    assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
+    assert set(table.n) == {120}
+    again = layer_accuracy(both, labels, layers=[3, 9]).set_index(table.index.names)
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_mean_is_not_the_label_although_folds_are_uneven() -> None:
+    """One pair too many would turn the mean difference into the label, here 50 times as large."""
+    acts, labels = synthetic(66, honesty=0.5, label=25, noise=0.02)
+    labels["pair"] = labels.id  # without twins, folds need not be balanced
+    table = layer_accuracy(acts[:, :, None], labels, methods=["mean"], n_controls=2)
+    assert table[table.method == "mean"].accuracy.min() > 0.95
+
+
+def test_twins_are_never_torn_apart() -> None:
+    """Pairs that share a random direction with their twin only: nothing is to be learned."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(60, 400, generator=generator).repeat_interleave(2, 0)
+    acts = torch.stack([shared, -shared], 1)[:, :, None]
+    _, labels = synthetic(120)
+    table = layer_accuracy(acts, labels, methods=["mean", "logistic"], n_controls=2)
+    table = table.set_index(["method", "split"])
+    assert table.accuracy["mean", "train"] == 1.0
+    assert table.accuracy["mean", "held-out"] < 0.65
+    torn = labels.assign(pair=labels.id)
+    leaked = layer_accuracy(acts, torn, methods=["mean"], n_controls=2)
+    assert leaked[(leaked.method == "mean") & (leaked.split == "held-out")].accuracy.item() > 0.7
+
+
+def test_equal_activations_are_chance() -> None:
+    acts, labels = synthetic(40)
+    acts[:, 1] = acts[:, 0]
+    table = layer_accuracy(acts[:, :, None], labels)
+    assert (table.accuracy == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda a, x: layer_accuracy(a, x), r"\[20, 2, 24\] do not fit"),
+        (lambda a, x: layer_accuracy(a[:9, :, None], x), "for 40 labels"),
+        (lambda a, x: layer_accuracy(a[:, :, None], x, folds=11), "11 folds need at least"),
+        (lambda a, x: layer_accuracy(a[:, :, None], x, layers=[1, 2]), "2 layers are named"),
+        (lambda a, x: component_table(a, x[::-1]), "before its dishonest one"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(*synthetic(20))  # type: ignore[operator]
+
+
+def test_a_probe_that_finds_nothing_is_zero_and_a_coin_toss() -> None:
+    """As many differences +d as -d: no direction, and no NaN in the accuracies."""
+    d = torch.tensor([1.0, 2.0, 0.0, -1.0]).double()
+    acts = torch.zeros(20, 2, 4).double()
+    acts[:, 0] = d * torch.tensor([1.0, -1.0] * 10)[:, None]
+    assert not unit_directions(acts, "logistic")["logistic"].any()
+    rows = [(i, i // 2, i % 2 == 0, a, (a == "A") == (i % 2 == 0)) for i in range(20) for a in "AB"]
+    labels = pd.DataFrame(rows, columns=["id", "pair", "truth", "label", "honest"])
+    labels = labels.sort_values(["id", "honest"], ascending=[True, False], ignore_index=True)
+    table = sl.layer_accuracy(acts[:, :, None], labels, methods=["logistic"], n_controls=2)
+    assert (table[table.method == "logistic"].accuracy == 0.5).all()
+
+
+def test_best_component_is_the_planted_one() -> None:
+    """A long axis that says nothing of the pair, and a short one that does."""
+    generator = torch.Generator().manual_seed(0)
+    acts = 0.1 * torch.randn(60, 2, 12, generator=generator)
+    letter = torch.tensor([1.0, -1.0] * 30)
+    acts[:, 0, 3] += 10 * letter
+    acts[:, 1, 3] -= 10 * letter
+    acts[:, 0, 7] += 1
+    name, direction = best_component(acts)
+    assert name == "pc2" and direction[7] > 0.95
+
+
+def test_projections_are_on_unit_vectors() -> None:
+    acts, labels = synthetic(20)
+    v = torch.arange(1.0, D + 1)
+    table = projections(acts, labels, {"v": v, "ten": 10 * v})
+    assert list(table.columns) == [*labels.columns, "v", "ten"]
+    expected = acts.double() @ (v.double() / np.linalg.norm(v))
+    np.testing.assert_allclose(table.v, expected.flatten(), atol=1e-5)
+    np.testing.assert_allclose(table.v, table.ten, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit 38 labels"):
+        projections(acts, labels[2:], {"v": v})
