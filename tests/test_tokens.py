@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer, only_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,3 +77,23 @@ def test_columns_of() -> None:
     ids = torch.zeros(2, 5)
     assert tokens.columns_of(ids).tolist() == []
     assert tokens.columns_of(ids, -1, 0, 2).tolist() == [4, 0, 2]
+
+
+# ---------------------------------------------------------------- chat prompts
+
+
+def test_a_template_without_system_prompt_says_so() -> None:
+    model = only_tokenizer(make_tokenizer())
+    model.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    assert tokens.chat_prompt(model, "Hello", prefill="(") == "Hello("
+    with pytest.raises(ValueError, match="refuses the prompt: System role not supported"):
+        tokens.chat_prompt(model, "Hello", system="Be brief.")
+
+
+def test_prompts_without_a_chat_template() -> None:
+    plain = only_tokenizer(make_tokenizer())
+    assert tokens.chat_prompt(plain, "Answer:", "Be brief.", "(") == "Be brief.\n\nAnswer: ("
+    assert tokens.chat_prompt(plain, "Answer:") == "Answer:"

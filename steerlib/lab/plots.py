@@ -109,7 +109,7 @@ def caption(figure: Figure, **facts: Any) -> None:
     """A line below the figure that says on what it stands: ``caption(figure, model=…, n=…)``."""
     said = ", ".join(str(v) if k == "model" else f"{k} = {v}" for k, v in facts.items())
     size = style(figure.get_figwidth())["font.size"]
-    text = textwrap.fill(said, int(figure.get_figwidth() * 72 / (0.52 * size)))
+    text = textwrap.fill(said, int(figure.get_figwidth() * 72 / (0.57 * size)))
     line = 1.25 * size / 72 / figure.get_figheight()
     if figure.legends:  # both would stand at the bottom: empty lines make room for the legend
         figure.draw_without_rendering()

@@ -191,6 +191,8 @@ def judge(
     if claim not in said.index:
         raise ValueError(f"There is no claim {claim!r} in source_claims.csv.")
     row = said.loc[claim]
+    if number and row.number == "":
+        raise ValueError(f"No number stands in source_claims.csv for {claim!r}.")
     theirs = float(row.number) if number else None
     known = {"holds": str(row.holds), "direction": str(row.direction), **other}
     if ratio and theirs is not None:

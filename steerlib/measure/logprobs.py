@@ -1,7 +1,7 @@
 """Log-probabilities, and what is made of them: propensity, perplexity, changes, divergences.
 
 Two primitives: `continuation_logprobs` scores continuations of prompts, whose prompts run once for
-every condition that leaves them alone, and `text_logprobs` scores whole texts. Divergences and
+every condition that leaves them alone, and `token_logprobs` scores whole texts. Divergences and
 shifts need the next token alone, which `decode.first_logits` gives.
 """
 
@@ -48,7 +48,7 @@ _BYTES_PER_BATCH = 1 << 28  # of logits, where continuations are scored
 # ---------------------------------------------------------------- the two primitives
 
 
-def text_logprobs(
+def token_logprobs(
     model: TransformerBridge,
     rows: Sequence[tuple[Sequence[int], Sequence[Intervention]]],
     n_prompt: int | None = None,
@@ -268,7 +268,7 @@ def perplexity(
         for a in acts:
             warn_untouched(a, len(ids), len(ids))
             rows.append((ids, a))
-    scores = [score[first:] for score in text_logprobs(model, rows)]
+    scores = [score[first:] for score in token_logprobs(model, rows)]
     surprisal = np.array([-float(score.mean()) for score in scores])
     return pd.DataFrame(
         {
@@ -356,7 +356,7 @@ def token_changes(
     for i in ids:
         warn_untouched(acts, len(i) if n_prompt is None else n_prompt, len(i))
     rows: list[tuple[list[int], list[Intervention]]] = [(i, a) for i in ids for a in ([], acts)]
-    found = [score.numpy() for score in text_logprobs(model, rows, n_prompt)]
+    found = [score.numpy() for score in token_logprobs(model, rows, n_prompt)]
     frames = []
     for t, given in enumerate(listed):
         text = given if isinstance(given, str) else model.tokenizer.decode(given)

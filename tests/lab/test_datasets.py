@@ -27,7 +27,6 @@ from steerlib.lab.datasets import (
     truthful_qa,
 )
 from steerlib.models.packaged import MODELS, in_cache, target
-from steerlib.tokens import chat_prompt
 
 
 def test_tables_keep_spaces_and_empty_cells() -> None:
@@ -252,22 +251,6 @@ class SimpleTwice:
                 return inner(text.replace("A", "AA").replace("B", "BB"), **more)
 
         self.tokenizer = Tokenizer()
-
-
-def test_a_template_without_system_prompt_says_so() -> None:
-    model = only_tokenizer(make_tokenizer())
-    model.tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}"
-        "{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0]['content'] }}"
-    )
-    assert chat_prompt(model, "Hello", prefill="(") == "Hello("
-    with pytest.raises(ValueError, match="refuses the prompt: System role not supported"):
-        chat_prompt(model, "Hello", system="Be brief.")
-
-
-def test_prompts_without_a_chat_template(plain: Any) -> None:
-    assert chat_prompt(plain, "Answer:", "Be brief.", "(") == "Be brief.\n\nAnswer: ("
-    assert chat_prompt(plain, "Answer:") == "Answer:"
 
 
 def test_pairs_go_into_captures_vectors_and_choices(model: Any) -> None:

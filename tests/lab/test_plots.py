@@ -75,6 +75,13 @@ def test_curves_show_intervals_as_ribbons() -> None:
             assert (here.min(), here.max()) == pytest.approx((low, high))
 
 
+def test_effects_start_at_zero() -> None:
+    table = SWEEP.rename(columns={"mean": "effect"}).assign(condition="love")
+    found = plots.from_zero(table, "layer", "condition")
+    assert found.iloc[0][["layer", "mean", "low", "high"]].tolist() == [0] * 4
+    assert found["mean"].tolist() == [0, *table.effect] and set(found.condition) == {"love"}
+
+
 def test_layers_are_counted_in_whole_numbers() -> None:
     frame = SWEEP.assign(layer=SWEEP.layer // 2)
     for odd in (frame, frame.assign(layer=frame.layer.astype(float))):
@@ -123,10 +130,10 @@ def test_dots_show_means_and_intervals_side_by_side() -> None:
     for container, name in zip(ax.containers, ["steered", "unsteered"], strict=True):
         line, caps, (bars,) = container.lines
         rows = frame[frame.condition == name]
-        np.testing.assert_allclose(line.get_xdata(), rows["mean"])
+        np.testing.assert_allclose(line.get_xdata(orig=False), rows["mean"])
         ends = np.array(bars.get_segments())[:, :, 0]
         np.testing.assert_allclose(ends, rows[["low", "high"]].to_numpy(), atol=1e-12)
-        heights.append(line.get_ydata())
+        heights.append(line.get_ydata(orig=False))
     assert (heights[0] < heights[1]).all() and (heights[1] - heights[0] < 0.5).all()
     figure, axes = plt.subplots(1, 2)
     plots.dots(frame, "what", "condition", xlabel="", title="t", ax=axes[1])
@@ -294,6 +301,16 @@ def many() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["condition", "layer", "mean", "low", "high"])
 
 
+def effects() -> pd.DataFrame:
+    rows = [
+        (model, number, "the source says yes" if number < 9 else "no", 3.0, number - 20.0, 40.0, 1)
+        for model in ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
+        for number in range(1, 21)
+    ]
+    columns = "model demonstration works effect low high q95".split()
+    return pd.DataFrame(rows, columns=columns)
+
+
 TITLE = "Affirms rather than tells the truth, in every model that was looked at so far"
 KINDS = {
     "curves": lambda: curves(title=TITLE),
@@ -308,6 +325,10 @@ KINDS = {
     "scatter": lambda: plots.groups_scatter(answers(), "PC1", "PC2", title=TITLE),
     "generation": lambda: plots.generation_heatmap(
         np.ones((24, 40)), range(24), title=TITLE, label="cosine"
+    ),
+    "forest": lambda: plots.forest(
+        effects(), "demonstration", "model", "works", xlabel="nats", title=TITLE,
+        controls={"q95": "random directions"},
     ),
     "tokens": lambda: plots.token_heatmap_figure(changes(), title="Weddings become likelier"),
 }  # fmt: skip

@@ -228,6 +228,39 @@ def test_source_vs_here_refuses(claims: Path, rows: pd.DataFrame, words: str) ->
     assert not claims.exists()
 
 
+def test_judge_takes_what_the_source_says_from_its_table(claims: Path) -> None:
+    """Which way, whether it holds, and its number; the rows go into the table above."""
+    to = {"model": "m", "bound": 0.25}
+    rows = [
+        tables.judge("front", (3.1, 2.0, 4.2), number=True, note="a note", **to),
+        tables.judge("front", (1.9, 1.5, 2.3), number=True, **to),
+        tables.judge("front", (1.9, 1.5, 2.3), **to),  # without a look at the number
+        tables.judge("front", (1.9, 1.5, 2.3), beyond=(2.0,), **to),
+        tables.judge("back", (0.1, -0.2, 0.2), **to),
+        tables.judge("back", (3, 2, 4), **to),
+        tables.judge("back", (3, 2, 4), holds="yes", direction="+", unit="%", **to),
+        tables.judge("missed", (-3, -4, -2), **to),
+    ]
+    assert [row["verdict"] for row in rows] == [
+        "reproduced", "weaker", "reproduced", "cannot tell", "reproduced", "opposite",
+        "reproduced", "reproduced",
+    ]  # fmt: skip
+    head, *shown = cells(sl.tables.source_vs_here(pd.DataFrame(rows), "02_positions"))
+    assert shown[0][3:] == ["3.1 [2, 4.2] nats", "● reproduced", "a note"]
+    assert shown[6][3] == "3 [2, 4] %"
+    with pytest.raises(ValueError, match="no claim 'nonsense' in source_claims.csv"):
+        tables.judge("nonsense", (1, 0, 2), **to)
+    with pytest.raises(ValueError, match="No number .*'back'"):
+        tables.judge("back", (1, 0, 2), number=True, **to)
+
+
+def test_judge_compares_ratios_by_their_logarithms(claims: Path) -> None:
+    for ratio, verdict in (((3, 2.9, 3.5), "reproduced"), ((1.9, 1.8, 2.2), "weaker")):
+        row = tables.judge("front", np.log(ratio), model="m", bound=0.1, number=True, ratio=True)
+        assert row["verdict"] == verdict and row["unit"] == "ratio"
+        assert (row["value"], row["low"], row["high"]) == pytest.approx(ratio)
+
+
 def test_verdicts_have_a_shape_each_and_are_those_of_stats() -> None:
     from steerlib.measure import stats
 

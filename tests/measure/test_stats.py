@@ -115,7 +115,7 @@ def test_bad_input_gets_a_sentence(call: Callable[[], Any], words: str) -> None:
 
 
 def by_prompt(values: dict[str, list[float]]) -> pd.DataFrame:
-    """Rows prompt x condition: ``values`` holds the propensities of a condition, prompt by prompt."""
+    """Rows prompt x condition: ``values`` has the propensities of a condition, by prompt."""
     rows = [
         (f"prompt {i}", condition, x)
         for condition, column in values.items()
@@ -151,7 +151,7 @@ def test_difference_of_two_conditions_is_paired() -> None:
         stats.difference(a, b.assign(prompt="w"))
 
 
-@pytest.mark.parametrize("n", [2, 3, 6, 9])
+@pytest.mark.parametrize("n", [3, 6, 9])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_clustered_intervals_cover_the_mean(n: int, skewed: bool) -> None:
     """As often as they say, or nearly: with 5 values from each of a few clusters that differ."""
@@ -168,7 +168,7 @@ def test_clustered_intervals_cover_the_mean(n: int, skewed: bool) -> None:
         _, low, high = stats.mean_interval(values, n_resamples=400, seed=seed)
         naive += low <= 0 <= high
     least = 0.85 if skewed else 0.92  # few values of a skewed distribution hide its tail
-    assert least <= hits / 400 <= (1.0 if n < 6 else 0.985)
+    assert least <= hits / 400 <= 0.985
     assert naive / 400 < 0.7  # as if the values of a cluster said five times as much
 
 
@@ -192,6 +192,7 @@ def test_clustered_interval() -> None:
     repeated = stats.clustered_interval(np.repeat(values, 50), np.repeat(clusters, 50))
     assert repeated == pytest.approx((mean, low, high))
     assert stats.clustered_interval([1, 2, 3], "aaa") == (2, -np.inf, np.inf)
+    assert stats.clustered_interval([1, 2, 3], "aab") == (2, -np.inf, np.inf)
     assert stats.clustered_interval([2, 2, 2, 2], "aabb") == (2, 2, 2)
     for bad in (([], []), ([1, 2], "a")):
         with pytest.raises(ValueError, match=r"\d values and \d clusters cannot be averaged"):

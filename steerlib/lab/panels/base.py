@@ -134,7 +134,7 @@ class VectorPanel(Panel):
 
     def made(self) -> SteeringVector:
         """The vector of the present settings, made once."""
-        key = (id(self.bridge), self.plus.value, self.minus.value, self.layer.value)
+        key = (self.bridge.cfg.model_name, self.plus.value, self.minus.value, self.layer.value)
         if key not in self._vectors:
             self._vectors[key] = SteeringVector.from_prompts(
                 self.bridge, self.plus.value, self.minus.value or None, layer=self.layer.value

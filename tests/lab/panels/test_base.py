@@ -202,3 +202,5 @@ def test_a_vector_is_made_once_for_each_setting(tiny: Any) -> None:
     p.layer.value = 2
     assert p.made() is made
     assert p.layer.max == model.cfg.n_layers - 1
+    p.bridge, _ = tiny("gpt2")  # another model was chosen
+    assert not p.made().layers[2].equal(made.layers[2])
