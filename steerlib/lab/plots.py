@@ -362,7 +362,8 @@ def forest(
             ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
             ax.minorticks_off()
             ax.set_title(str(name).replace("-", "-\n", 1) if len(names) > 2 else str(name))
-        lowest, highest = frame[["effect", *(controls or {})]].min(axis=None), frame.effect.max()
+        shown = frame[["effect", *(controls or {})]]
+        lowest, highest = shown.min(axis=None), shown.max(axis=None)
         grid[0, 0].set_xlim(min(-2.0, 1.4 * lowest), max(2.0, 1.4 * highest))
         grid[0, 0].set_yticks(list(places.values()), [str(label) for label in places])
         grid[0, 0].set_ylim(len(places) + len(heads) - 0.4, -0.6)

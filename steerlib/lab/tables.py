@@ -110,7 +110,7 @@ def alignment(table: pd.DataFrame, width: int = 10) -> HTML:
         for i in range(0, end, width)
     ]
     rest = len(places) - end
-    note = f"<p>… and {rest} more tokens of the prompt, left as they are</p>" if rest else ""
+    note = f"<p>… (tokens of the prompt not shown, left as they are: {rest})</p>" if rest else ""
     return HTML("".join(b.to_html(index=False, escape=False) for b in blocks) + note)
 
 

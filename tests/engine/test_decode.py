@@ -85,6 +85,7 @@ def test_generated_covers_the_first_new_token(model: Any, plain_model: Any) -> N
     assert got.completion[0] == model.tokenizer.decode([expected])
 
 
+@pytest.mark.slow
 def test_a_completion_depends_on_its_own_row_alone(model: Any) -> None:
     """Not on the batch, its size, the other prompts or the other conditions."""
     v = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=3)

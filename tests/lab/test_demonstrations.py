@@ -10,11 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import adding, noise, reference_logits
-from matplotlib import pyplot as plt
 
 import steerlib as sl
-from steerlib.lab import datasets, demonstrations, plots, tables
-from steerlib.measure import stats
+from steerlib.lab import datasets, demonstrations
 from steerlib.tokens import continuation_ids
 
 
@@ -59,40 +57,6 @@ def test_no_such_variant() -> None:
         demonstrations.variants(None, "1", ["love-and-hate"], 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no variant 'love-and-wedding' of one layer"):
         demonstrations.variants(None, "1", ["love-and-wedding"], 1.0)  # type: ignore[arg-type]
-
-
-def test_difference_is_paired() -> None:
-    a = pd.DataFrame({"prompt": ["x", "y", "z"], "effect": [1.0, 2.0, 9.0]})
-    b = pd.DataFrame({"prompt": ["y", "x", "x"], "effect": [5.0, 0.0, 1.0]})
-    assert stats.difference(a, b).effect.tolist() == [0.5, -3.0]
-    with pytest.raises(ValueError, match="no prompt in common"):
-        stats.difference(a, b.assign(prompt="w"))
-
-
-def test_forest_shows_every_row_and_clips() -> None:
-    table = demonstrations.summary(pd.concat([effects(3, 0.5), effects(0, 0.1, "2")]), 0.25)
-    table = table.assign(group=["yes", "no"], high=[1e4, 0.2])
-    marks = {"q95_random": "random", "q95_unrelated": "unrelated"}
-    figure = plots.forest(
-        table, "demonstration", "model", "group", xlabel="nats", controls=marks, colour="works"
-    )
-    plots.caption(figure, model="m", n=9)
-    figure.draw_without_rendering()
-    (ax,) = figure.axes
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2"]
-    assert {"yes", "no"} <= {t.get_text() for t in ax.texts}
-    assert ax.get_xlim()[1] < 100 and any(line.get_marker() == ">" for line in ax.lines)
-    legend, line = figure.legends[0].get_window_extent(), figure._supxlabel
-    assert legend.y0 > line.get_window_extent().y0  # the caption below it
-    plt.close(figure)
-
-
-def test_long_alignments_go_on_below() -> None:
-    places = [str(i) for i in range(30)]
-    rows = [["0 (prompt)", "+1", *places], ["6", "+5", *["v"] * 14, *[""] * 16]]
-    shown = tables.alignment(pd.DataFrame(rows, columns=["layer", "coefficient", *places])).data
-    assert shown.count("<table") == 2 and "and 14 more tokens of the prompt" in shown
-    assert ">15<" in shown and ">16<" not in shown
 
 
 # ---------------------------------------------------------------- one demonstration

@@ -169,6 +169,29 @@ def test_heatmap_shows_its_numbers(centre: float | None) -> None:
         assert np.isnan(value) or (max(inks) + 0.05) / (min(inks) + 0.05) > 3.5
 
 
+def test_forest_shows_every_row_and_clips() -> None:
+    rows = [
+        ("1", "m", "yes", 3.0, 2.5, 1e4, 0.4, 0.6, True),
+        ("2", "m", "no", 0, -0.1, 0.2, 0.4, 0.3, False),
+    ]
+    names = "demonstration model group effect low high random unrelated works".split()
+    marks = {"random": "random directions", "unrelated": "unrelated words"}
+    figure = plots.forest(
+        pd.DataFrame(rows, columns=names),
+        "demonstration", "model", "group", xlabel="nats", controls=marks, colour="works",
+    )  # fmt: skip
+    plots.caption(figure, model="m", n=9)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2"]
+    assert {"yes", "no"} <= {t.get_text() for t in ax.texts}
+    assert ax.get_xlim()[1] < 100 and any(line.get_marker() == ">" for line in ax.lines)
+    greys = {line.get_label(): line.get_xdata().tolist() for line in ax.lines}
+    assert greys["random directions"] == [0.4, 0.4] and greys["unrelated words"] == [0.6, 0.3]
+    legend, line = figure.legends[0].get_window_extent(), figure._supxlabel
+    assert legend.y0 > line.get_window_extent().y0  # the caption below it
+
+
 # ---------------------------------------------------------------- honesty
 
 

@@ -86,7 +86,7 @@ def test_long_alignments_go_on_below_and_end_behind_the_vectors() -> None:
         rows = [["0 (prompt)", "+1", *places], ["6", "+5", *["v"] * reach, *[""] * (30 - reach)]]
         table = pd.DataFrame(rows, columns=["layer", "coefficient", *places])
         page = tables.alignment(table, **more).data
-        rest = re.findall(r"and (\d+) more tokens of the prompt", page)
+        rest = re.findall(r"left as they are: (\d+)", page)
         blocks = [re.findall(r"<th>(\d+)</th>", block) for block in page.split("</thead>")[:-1]]
         assert sum(map(len, blocks)) + int((rest or ["0"])[0]) == 30
         return blocks
