@@ -48,6 +48,15 @@ def test_the_check_sees_private_names() -> None:
     assert private_uses("from . import plots\nplots.chip()", set()) == []
 
 
+def test_every_module_has_its_tests() -> None:
+    """`tests/` mirrors the rooms, a file per module; no test of a module stands elsewhere."""
+    modules = [p.relative_to(ROOT / "steerlib") for p in FILES if p.name != "__init__.py"]
+    wanted = {ROOT / "tests" / m.parent / f"test_{m.name}" for m in modules}
+    assert sorted(wanted - set((ROOT / "tests").rglob("test_*.py"))) == []
+    rooms = {p for p in (ROOT / "tests").rglob("test_*.py") if p.parent.name != "tests"}
+    assert sorted(rooms - wanted) == []
+
+
 def test_core_is_short() -> None:
     """What steering is can be read in an afternoon: without docstrings, comments, blank lines."""
     core = [p for p in FILES if p.parent.name == "steerlib"]

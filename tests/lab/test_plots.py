@@ -186,7 +186,7 @@ def test_forest_shows_every_row_and_clips() -> None:
     assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "2"]
     assert {"yes", "no"} <= {t.get_text() for t in ax.texts}
     assert ax.get_xlim()[1] < 100 and any(line.get_marker() == ">" for line in ax.lines)
-    greys = {line.get_label(): line.get_xdata().tolist() for line in ax.lines}
+    greys = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
     assert greys["random directions"] == [0.4, 0.4] and greys["unrelated words"] == [0.6, 0.3]
     legend, line = figure.legends[0].get_window_extent(), figure._supxlabel
     assert legend.y0 > line.get_window_extent().y0  # the caption below it
