@@ -139,7 +139,7 @@ def difference(frame: pd.DataFrame, other: pd.DataFrame, value: str = "effect") 
 
 def clustered_interval(
     values: Iterable[float],
-    clusters: Iterable[Any],
+    clusters: Iterable[Any] | None = None,
     confidence: float = 0.95,
     n_resamples: int = 5000,
     seed: int = 0,
@@ -150,6 +150,10 @@ def clustered_interval(
     narrow (8 prompts: 88 % instead of 95 %). Three or four get Student's t: resamples of so few are
     too often without any spread.
 
+    Args:
+        clusters: one for each value; by default the index, if the values are a pandas series, or
+            else each value is a cluster of its own.
+
     Returns:
         ``(mean, low, high)``; the limits are infinite for one or two clusters, of whose spread
         nothing is known, and equal the mean where all clusters agree exactly.
@@ -158,7 +162,10 @@ def clustered_interval(
         ValueError: no values, or not as many clusters.
     """
     sums: dict[Any, list[float]] = {}
-    listed, names = list(values), list(clusters)
+    listed = list(values)
+    if clusters is None:
+        clusters = values.index if hasattr(values, "iloc") else range(len(listed))
+    names = list(clusters)
     if not listed or len(listed) != len(names):
         raise ValueError(f"{len(listed)} values and {len(names)} clusters cannot be averaged.")
     for value, name in zip(listed, names, strict=True):
@@ -186,6 +193,11 @@ def clustered_interval(
     # Symmetric in t.
     reach = float(np.quantile(np.abs(mean - centre) / error, confidence)) * own
     return centre, centre - reach, centre + reach
+
+
+def interval_by_index(values: pd.Series) -> tuple[float, float, float]:
+    """`clustered_interval` of a Series whose index names the clusters (prompts, words)."""
+    return clustered_interval(values, values.index)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
