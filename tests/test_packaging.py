@@ -206,6 +206,7 @@ def write_notebook(path: Path, *cells: str) -> None:
     nbformat.write(notebook, path)
 
 
+@pytest.mark.slow
 def test_make_runs_a_notebook_when_something_changed_and_only_then(copy):
     def ran(*arguments: str) -> bool:
         done = make(*arguments, cwd=copy)
@@ -240,6 +241,7 @@ def test_make_runs_a_notebook_when_something_changed_and_only_then(copy):
     assert not ran("figs")
 
 
+@pytest.mark.slow
 def test_make_fails_when_a_notebook_does_or_has_no_such_figure(copy):
     done = make("figs", "MODEL=x", cwd=copy)
     assert done.returncode and "AssertionError" in done.stderr and "no such model" in done.stderr
@@ -256,6 +258,7 @@ def progress(output: str) -> list[str]:
     return [line for line in output.splitlines() if ": running" in line]
 
 
+@pytest.mark.slow
 def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy):
     for name in ("05_bad", "08_bad"):
         write_notebook(copy / f"notebooks/{name}.ipynb", f"raise ValueError('{name} is broken')")

@@ -164,7 +164,8 @@ def clustered_interval(
     sums: dict[Any, list[float]] = {}
     listed = list(values)
     if clusters is None:
-        clusters = values.index if hasattr(values, "iloc") else range(len(listed))
+        series = hasattr(values, "iloc")
+        clusters = values.index if series else range(len(listed))  # type: ignore[attr-defined]
     names = list(clusters)
     if not listed or len(listed) != len(names):
         raise ValueError(f"{len(listed)} values and {len(names)} clusters cannot be averaged.")
@@ -193,11 +194,6 @@ def clustered_interval(
     # Symmetric in t.
     reach = float(np.quantile(np.abs(mean - centre) / error, confidence)) * own
     return centre, centre - reach, centre + reach
-
-
-def interval_by_index(values: pd.Series) -> tuple[float, float, float]:
-    """`clustered_interval` of a Series whose index names the clusters (prompts, words)."""
-    return clustered_interval(values, values.index)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

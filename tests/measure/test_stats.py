@@ -194,6 +194,12 @@ def test_clustered_interval() -> None:
     assert stats.clustered_interval([1, 2, 3], "aaa") == (2, -np.inf, np.inf)
     assert stats.clustered_interval([1, 2, 3], "aab") == (2, -np.inf, np.inf)
     assert stats.clustered_interval([2, 2, 2, 2], "aabb") == (2, 2, 2)
+    # without clusters: the index of a series, or else every value on its own
+    series = pd.Series(values, index=clusters)
+    assert stats.clustered_interval(series) == (mean, low, high)
+    assert stats.clustered_interval([1, 2, 4, 8, 3]) == stats.clustered_interval(
+        [1, 2, 4, 8, 3], "abcde"
+    )
     for bad in (([], []), ([1, 2], "a")):
         with pytest.raises(ValueError, match=r"\d values and \d clusters cannot be averaged"):
             stats.clustered_interval(*bad)
