@@ -314,7 +314,8 @@ def summary(frame: pd.DataFrame, bound: float, value: str = "effect") -> pd.Data
         two_sided = stats.sign_flip_p(own[value].to_numpy())
         p = two_sided / 2 if here[0] > 0 else 1 - two_sided / 2
         works = stats.verdict(*here, bound=bound, beyond=q) == "reproduced"
-        on = stats.verdict(*here, holds=said[name], bound=bound, beyond=q)
+        low = [stats.control_quantile(part, f, value, sign=-1) for f in ("random", "unrelated")]
+        on = stats.verdict(*here, holds=said[name], bound=bound, beyond=q, against=low)
         rows.append((model, name, *here, len(own), *q, p, works, on))
     columns = ["model", "demonstration", "effect", "low", "high", "n_test"]
     columns += ["q95_random", "q95_unrelated", "p", "works", "verdict"]

@@ -165,6 +165,7 @@ def judge(
     model: str,
     bound: float,
     beyond: Sequence[float] = (),
+    against: Sequence[float] = (),
     number: bool = False,
     ratio: bool = False,
     note: str = "",
@@ -176,7 +177,7 @@ def judge(
     Args:
         claim: as in ``data/source_claims.csv``, which says which way the effect should go.
         interval: value, low and high, in the unit of ``bound``.
-        bound, beyond: as for `stats.verdict`.
+        bound, beyond, against: as for `stats.verdict`.
         number: compare with the source's number, which is then in the same unit.
         ratio: the interval is of log ratios; the table shows their exponentials, and the source's
             number is a ratio.
@@ -198,7 +199,8 @@ def judge(
     if ratio and theirs is not None:
         theirs = float(np.log(theirs))
     value, low, high = map(float, interval)
-    found = stats.verdict(value, low, high, number=theirs, bound=bound, beyond=beyond, **known)
+    limits: dict[str, Any] = {"bound": bound, "beyond": beyond, "against": against}
+    found = stats.verdict(value, low, high, number=theirs, **limits | known)
     if ratio:
         value, low, high = (float(np.exp(x)) for x in (value, low, high))
     shown = {"claim": claim, "model": model, "value": value, "low": low, "high": high}
@@ -254,11 +256,11 @@ def _page(joined: pd.DataFrame) -> Styler:
     previous = None
     for row in joined.to_dict("records"):
         again = row["claim"] == previous
-        number = _number(*(row[f"source_{c}"] for c in ("number", "low", "high", "unit")))
+        number = quantity(*(row[f"source_{c}"] for c in ("number", "low", "high", "unit")))
         holds = row["source_holds"] + (f": {number}" if number else "")
         source = f"{holds} ({row['source_model']})"
         unit = row["source_unit"] if pd.isna(row.get("unit")) else row["unit"]
-        here = _number(row["value"], row["low"], row["high"], unit)
+        here = quantity(row["value"], row["low"], row["high"], unit)
         verdict = f"{VERDICTS[row['verdict']][0]} {row['verdict']}"
         claim = ["", ""] if again else [row["source_statement"], source]
         note = row.get("note", "")
@@ -279,7 +281,7 @@ def _page(joined: pd.DataFrame) -> Styler:
     )
 
 
-def _number(value: Any, low: Any, high: Any, unit: Any) -> str:
+def quantity(value: Any, low: Any, high: Any, unit: Any) -> str:
     """A number with its interval and unit; nothing if there is no number."""
     numbers = [pd.to_numeric(x, errors="coerce") for x in (value, low, high)]
     if pd.isna(numbers[0]):

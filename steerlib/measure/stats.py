@@ -143,20 +143,23 @@ def clustered_interval(
     confidence: float = 0.95,
     n_resamples: int = 5000,
     seed: int = 0,
+    top: float | None = None,
 ) -> tuple[float, float, float]:
     """Mean with an interval that resamples clusters (prompts, claim twins), not single values.
 
-    The studentised bootstrap over cluster means: with few clusters the percentile bootstrap is too
-    narrow (8 prompts: 88 % instead of 95 %). Three or four get Student's t: resamples of so few are
-    too often without any spread.
+    The studentised bootstrap over cluster means: the percentile bootstrap is too narrow (8 prompts:
+    88 % instead of 95 %). Fewer than 15 clusters get Student's t: of so few, resamples without the
+    one that differs have hardly any spread, and the interval would explode.
 
     Args:
         clusters: one for each value; by default the index, if the values are a pandas series, or
             else each value is a cluster of its own.
+        top: the largest value there can be, for counts: where all are 0 the upper limit then is
+            the exact one-sided bound ``top * (1 - (1 - confidence) ** (1 / clusters))``.
 
     Returns:
         ``(mean, low, high)``; the limits are infinite for one or two clusters, of whose spread
-        nothing is known, and equal the mean where all clusters agree exactly.
+        nothing is known, and equal the mean where all clusters agree exactly (but see ``top``).
 
     Raises:
         ValueError: no values, or not as many clusters.
@@ -175,12 +178,14 @@ def clustered_interval(
     weights = np.array([len(group) for group in sums.values()], dtype=float)
     centre = float(np.average(means, weights=weights))
     n = len(means)
+    if top is not None and not means.any():
+        return 0.0, 0.0, top * (1 - (1 - confidence) ** (1 / n))
     if n > 1 and np.ptp(means) == 0:
         return centre, centre, centre
     if n < 3:  # of two, a resample is either both again or without spread
         return centre, -np.inf, np.inf
     own = np.sqrt((weights**2 * (means - centre) ** 2).sum()) / weights.sum()
-    if n < 5:
+    if n < 15:
         from scipy.stats import t as student
 
         reach = float(student.ppf((1 + confidence) / 2, n - 1) * own * np.sqrt(n / (n - 1)))
@@ -276,6 +281,7 @@ def verdict(
     number: float | None = None,
     bound: float,
     beyond: Sequence[float] = (),
+    against: Sequence[float] = (),
 ) -> str:
     """Whether a claim of the source is seen here: one of `VERDICTS`.
 
@@ -284,18 +290,21 @@ def verdict(
         holds: what the source reports: ``yes`` or ``partly`` (it works, perhaps weakly) or ``no``
             (it does not work: the claim then is that there is no effect).
         direction: which way the effect goes if the claim holds: ``+``, ``-``, or ``0`` (a claim of
-            no effect, whatever the source's ``holds`` is for).
+            no effect; with ``holds="no"`` the source says that there is one).
         number: the source's number, if it has one in this unit; less than half of it is "weaker".
         bound: an effect whose interval lies within ±bound counts as none. State it.
         beyond: what the effect has to lie beyond besides 0: the 95 % quantiles of the families of
             matched controls.
+        against: what an effect on the other side has to lie beyond, to count as the opposite: the
+            5 % quantiles.
 
     Returns:
         ``reproduced``: the interval leaves 0 on the right side, and the effect lies beyond all
-        controls (or, for a claim of no effect: the interval lies within the bound). ``weaker``:
-        so it does, but the effect is less than half the source's. ``not seen``: the interval lies
-        within the bound. ``opposite``: it leaves 0 on the other side, by more than the bound (for
-        a claim of no effect: a clear effect). ``cannot tell``: everything else.
+        controls (or, where the source sees no effect: the interval lies within the bound; no
+        effect in a direction: below it). ``weaker``: so it does, but the effect is less than half
+        the source's. ``not seen``: the interval lies within the bound. ``opposite``: it leaves 0 on
+        the other side, by more than the bound and beyond the controls there (where the source sees
+        no effect: a clear one). ``cannot tell``: everything else.
 
     Raises:
         ValueError: not a verdict's question: NaN, an unknown word, a bound that is not positive.
@@ -305,18 +314,17 @@ def verdict(
     if not bound > 0 or np.isnan([value, low, high]).any() or not low <= value <= high:
         raise ValueError(f"No verdict on {value} [{low}, {high}] with the bound {bound}.")
     inside = -bound <= low and high <= bound
-    if direction == "0" or holds == "no":
-        sign = -1.0 if direction == "-" else 1.0
-        if inside:
-            return "reproduced"
-        a, b = (low, high) if sign > 0 else (-high, -low)
-        clear = a > 0 and all(sign * value > sign * c for c in beyond)
-        if direction == "0":
-            clear = low > bound or high < -bound
-        return "opposite" if clear else "cannot tell"
+    if direction == "0":
+        clear = low > bound or high < -bound
+        names = ("not seen", "reproduced") if holds == "no" else ("reproduced", "opposite")
+        return names[0] if inside else names[1] if clear else "cannot tell"
     sign = 1.0 if direction == "+" else -1.0
     a, b = (low, high) if sign > 0 else (-high, -low)
-    if a > 0 and all(sign * value > sign * c for c in beyond):
+    works = a > 0 and all(sign * value > sign * c for c in beyond)
+    if holds == "no":
+        turned = works and sign * value > bound
+        return "reproduced" if b <= bound else "opposite" if turned else "cannot tell"
+    if works:
         if number is None:
             return "not seen" if inside else "reproduced"  # clear, but too small to count
         # An interval that contains the source's number does not say that it is weaker.
@@ -324,4 +332,5 @@ def verdict(
         return "weaker" if weaker else "reproduced"
     if inside:
         return "not seen"
-    return "opposite" if b < 0 and sign * value < -bound else "cannot tell"
+    turned = b < 0 and sign * value < -bound and all(sign * value < sign * c for c in against)
+    return "opposite" if turned else "cannot tell"

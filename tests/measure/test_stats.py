@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 import steerlib as sl
 from steerlib.measure import stats
@@ -194,6 +195,14 @@ def test_clustered_interval() -> None:
     assert stats.clustered_interval([1, 2, 3], "aaa") == (2, -np.inf, np.inf)
     assert stats.clustered_interval([1, 2, 3], "aab") == (2, -np.inf, np.inf)
     assert stats.clustered_interval([2, 2, 2, 2], "aabb") == (2, 2, 2)
+    # none of ten: a mean above this would have shown one with 95 % (0.74^10 = 0.05)
+    none = stats.clustered_interval([0.0] * 10, top=5)
+    assert none[:2] == (0, 0) and (1 - none[2] / 5) ** 10 == pytest.approx(0.05)
+    # few clusters: the textbook's t interval, also where one differs from all others
+    outlier = [-0.07, 0, -0.64, -0.01, -0.07, -0.14, -0.12, -0.24, -0.04]
+    found = stats.clustered_interval(outlier)[1:]
+    of_scipy = scipy.stats.ttest_1samp(outlier, 0).confidence_interval()
+    assert found == pytest.approx((of_scipy.low, of_scipy.high))
     # without clusters: the index of a series, or else every value on its own
     series = pd.Series(values, index=clusters)
     assert stats.clustered_interval(series) == (mean, low, high)
@@ -330,15 +339,24 @@ VERDICTS = [
     ((3, 2, 4), NO, "opposite"),
     ((3, 2, 4), {**NO, "beyond": (3.5,)}, "cannot tell"),  # no more than controls do
     ((3, -1, 7), NO, "cannot tell"),
-    ((-3, -4, -2), NO, "cannot tell"),
+    ((-3, -4, -2), NO, "reproduced"),  # it does not rise
+    ((0.3, 0.1, 0.6), NO, "cannot tell"),
     ((-3, -4, -2), {**NO, "direction": "-"}, "opposite"),
     ((0.2, 0.1, 0.3), NO, "reproduced"),
+    # the other side counts beyond the controls there only
+    ((-3, -4, -2), {"against": (-2, -2.9)}, "opposite"),
+    ((-3, -4, -2), {"against": (-2, -3.1)}, "cannot tell"),
+    ((-3, -4, -2), {"against": (-np.inf,), "beyond": (np.inf,)}, "cannot tell"),
     # a claim of no effect
     ((0.1, -0.2, 0.3), {"direction": "0"}, "reproduced"),
     ((0.4, 0.1, 0.7), {"direction": "0"}, "cannot tell"),
     ((3, 2, 4), {"direction": "0"}, "opposite"),
     ((-3, -4, -2), {"direction": "0"}, "opposite"),
     ((0, -2, 2), {"direction": "0"}, "cannot tell"),
+    # the source says that there is some effect
+    ((0.1, -0.2, 0.3), {**NO, "direction": "0"}, "not seen"),
+    ((-3, -4, -2), {**NO, "direction": "0"}, "reproduced"),
+    ((0.4, 0.1, 0.7), {**NO, "direction": "0"}, "cannot tell"),
 ]
 
 
@@ -351,6 +369,7 @@ def test_verdict(found: tuple[float, float, float], said: dict[str, Any], expect
         **said,
         "direction": turn[said.get("direction", "+")],
         "beyond": [-x for x in said.get("beyond", ())],
+        "against": [-x for x in said.get("against", ())],
         "number": -said["number"] if "number" in said else None,
     }
     value, low, high = found
