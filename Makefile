@@ -24,7 +24,7 @@ endif
 FIGS  ?= $(if $(filter smoke,$(PRESET)),build/smoke-figs,figs)
 STATE := $(if $(filter smoke,$(PRESET)),build/smoke,build)
 
-.PHONY: help setup figs notebooks lab app site effects test test-browser lint check bench clean FORCE
+.PHONY: help setup figs notebooks lab app site effects methods test test-browser lint check bench clean FORCE
 
 help:
 	@awk -F ':.*## |: ' \
@@ -108,12 +108,13 @@ endif
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)))
 NUMBERS   := $(sort $(foreach n,$(NOTEBOOKS),$(firstword $(subst _, ,$(n)))))
 DONE      := $(NOTEBOOKS:%=$(STATE)/%.done)
+LAST      := $(filter $(STATE)/11_%,$(DONE))
 SOURCES   := $(shell find steerlib -name '*.py') \
   $(shell test ! -d data || find data -type f ! -name '*.md' ! -name '*.py' ! -name '*.pyc' ! -path '*/.*')
 
 # How long each notebook takes in a quick run on two cores, in seconds: for the time left that a
 # first `make figs` prints. Later ones go by the last run, which leaves build/<name>.quick.seconds.
-QUICK_SECONDS := 00:73 01:227 02:196 03:200 04:163 05:260 06:125 07:35 08:257 09:188 10:108
+QUICK_SECONDS := 00:73 01:227 02:196 03:200 04:163 05:260 06:125 07:35 08:257 09:188 10:108 11:15 12:180 13:180
 
 # A run with other settings, or one of which a figure is gone, does not count. One that drew SVGs
 # besides does, whether they are asked for or not.
@@ -136,20 +137,28 @@ NOTEBOOK_ENV = JUPYTER_PREFER_ENV_PATH=1 PRESET=$(PRESET) STEERLIB_FIGS='$(call 
 # what is to be done (`todo`, with the seconds it should take), as a dry run of that make found out,
 # and what has been (`done`, `failed`).
 PLAN   :=
+AFTER  :=
 HANDED := --no-print-directory PRESET='$(PRESET)' MODEL='$(MODEL)' FIGS='$(FIGS)' SVG='$(SVG)'
 
 figs: $(BASE) ## run the notebooks that are out of date, draw every figure
-	@mkdir -p $(STATE); $(MAKE) -n $(HANDED) $(DONE) \
+	@mkdir -p $(STATE); $(MAKE) -n $(HANDED) AFTER=1 $(DONE) \
 	  | { echo "begin $$(date +%s)"; sed -n 's/^: todo/todo/p'; } > $(STATE)/plan
-	@$(MAKE) -k $(HANDED) PLAN=$(STATE)/plan $(DONE) || { \
-	  failed=$$(sed -n 's/^failed //p' $(STATE)/plan | sort | tr '\n' ' '); \
-	  test -z "$$failed" || echo "failed: $${failed}(the other figures are in $(FIGS)/)" >&2; exit 1; }
+	@status=0; for done in '$(filter-out $(LAST),$(DONE))' $(LAST); do \
+	  test -z "$$done" || $(MAKE) -k $(HANDED) PLAN=$(STATE)/plan $$done || status=1; \
+	done; \
+	failed=$$(sed -n 's/^failed //p' $(STATE)/plan | sort | tr '\n' ' '); \
+	test -z "$$failed" || echo "failed: $${failed}(the other figures are in $(FIGS)/)" >&2; exit $$status
+ifneq ($(LAST),)
+	@$(if $(filter figs,$(FIGS)),"$(PY)" -m steerlib.lab.claims README.md)
+endif
 	@echo 'the figures are in $(FIGS)/'
 
 ## figs/<name>.png: draw one figure, by running the notebook of its number
 
 # Prints its argument, between "[3/11] " and ", about 14 min left" if there is a plan: the place in
-# it, and what is still to do, at the pace of what is done.
+# it, and what is still to do, at the pace of what is done. The line ends when the notebook does, with
+# its time, unless several run at once.
+JOBS = $(filter -j% --jobserver%,$(MAKEFLAGS))
 progress = awk -v name='$*' -v say='$(1)' -v now="$$(date +%s)" ' \
   $$1 == "begin" { begin = $$2 } \
   $$1 == "todo" { n++; if ($$2 == name) place = n; seconds[$$2] = $$3; left += $$3; unknown += !$$3 } \
@@ -158,7 +167,8 @@ progress = awk -v name='$*' -v say='$(1)' -v now="$$(date +%s)" ' \
   END { \
     minutes = int(left * (past ? (now - begin) / past : 1) / 60 + 0.5); \
     if (place) printf "[%d/%d] ", place, n; printf "%s", say; \
-    if (place && !unknown) printf ", about %d min left", minutes ? minutes : 1; print "" }' \
+    if (place && !unknown) printf ", about %d min left", minutes ? minutes : 1; \
+    printf "$(if $(JOBS),\n, ... )" }' \
   $(or $(PLAN),/dev/null)
 
 $(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
@@ -170,18 +180,32 @@ $(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
 	  --KernelManager.transport_encryption=auto --ExecutePreprocessor.kernel_name=python3 \
 	  --ExecutePreprocessor.startup_timeout=300 --ExecutePreprocessor.timeout=-1 \
 	  --ExecutePreprocessor.store_widget_state=True --ExecutePreprocessor.record_timing=False \
-	  --output-dir $(STATE)/notebooks --output $*.part.ipynb $< \
-	|| { echo "$*: failed after $$(($$(date +%s) - begin)) s, with the error above" >&2; \
+	  --output-dir $(STATE)/notebooks --output $*.part.ipynb $< 2> $@.log; failed=$$?; \
+	test ! -s $@.log || { $(if $(JOBS),,echo;) cat $@.log >&2; }; rm -f $@.log; \
+	test $$failed = 0 || { \
+	  echo "$*: failed after $$(($$(date +%s) - begin)) s, with the error above" >&2; \
 	  echo 'failed $*' >> $(or $(PLAN),/dev/null); exit 1; }; \
 	seconds=$$(($$(date +%s) - begin)); \
 	mv $(STATE)/notebooks/$*.part.ipynb $(STATE)/notebooks/$*.ipynb && \
 	find "$(FIGS)" -type f -name '$(firstword $(subst _, ,$*))_*' -newer $@.part | sort > $@.figures && \
-	echo "$*: done in $$seconds s, files in $(FIGS)/: $$(wc -l < $@.figures | tr -d ' ')" && \
+	echo "$(if $(JOBS),$*: )done in $$seconds s, files in $(FIGS)/: $$(wc -l < $@.figures | tr -d ' ')" && \
 	echo $$seconds > $(STATE)/$*.$(PRESET).seconds && echo 'done $*' >> $(or $(PLAN),/dev/null) && \
 	touch -r $@.part $@.figures && cat $@.figures >> $@.part && \
 	touch -r $@.figures $@.part && rm $@.figures && mv $@.part $@
 
 $(filter $(STATE)/09_%,$(DONE)): | $(JUDGES)
+
+# The notebook that sums up reads the tables of claims that the others left: it runs behind them, even
+# if one of them failed, and again when a table is newer than its last run. Asked for alone it takes
+# what is there.
+ifneq ($(AFTER),)
+$(LAST): $(filter $(STATE)/0% $(STATE)/10_%,$(DONE))
+endif
+ifneq ($(wildcard $(LAST)),)
+ifneq ($(shell find $(FIGS) -name '[0-9]*_claims.csv' -newer $(LAST) 2> /dev/null),)
+$(LAST): FORCE
+endif
+endif
 
 define figures_of_number
 $(FIGS)/$(1)_%: $(filter $(STATE)/$(1)_%,$(DONE))
@@ -224,6 +248,9 @@ site: $(SITE) ## turn notebooks and docstrings into web pages, build/site/index.
 
 effects: $(BASE) ## choose layer and strength of every demonstration in MODEL and measure it: data/results
 	@"$(PY)" data/make_settings.py $(or $(MODEL),smollm2-135m) $(ARGS)
+
+methods: $(BASE) ## choose how strong each way of steering may be in MODEL, compare them: data/results
+	@"$(PY)" data/make_methods.py $(or $(MODEL),smollm2-135m) $(ARGS)
 
 
 # --- work on the code ----------------------------------------------------------------------

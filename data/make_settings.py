@@ -88,7 +88,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
     model = sl.load_model(given.model, dtype=given.dtype)
-    wanted = given.only.split(",") if given.only else demonstrations.names()
+    everything = [*demonstrations.names(), *demonstrations.BORROWED]
+    wanted = given.only.split(",") if given.only else everything
     for name in wanted:
         begin = time.time()
         demo = demonstrations.load(name)
@@ -97,6 +98,8 @@ def main() -> None:
         row |= {k: best[k] for k in ("layer", "coefficient", "strength")}
         row |= {f"{k}_dev": best[k] for k in ("effect", "low", "high", "n")}
         settings.save_settings(pd.DataFrame([row]).round(4).astype({"layer": int, "n_dev": int}))
+        if name in demonstrations.BORROWED:  # measured by place, in a notebook of its own
+            continue
         found = measure(model, demo, best)
         found.insert(0, "demonstration", name)
         replace_rows(RESULTS / f"effects_{given.model}.csv", found)

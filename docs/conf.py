@@ -41,7 +41,7 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sourcelink = False
 html_sidebars: dict[str, list[str]] = {
-    page: [] for page in ("index", "glossary", "contributing", "search")
+    page: [] for page in ("index", "using", "running", "glossary", "contributing", "search")
 }
 html_theme_options = {
     "navbar_align": "left",

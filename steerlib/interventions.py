@@ -19,6 +19,7 @@ import torch
 
 from .activations import SITES
 from .files import tensor_digest
+from .tokens import Prefix
 from .vectors import PLACES, SteeringVector
 
 if TYPE_CHECKING:
@@ -323,7 +324,8 @@ COLUMNS = (
     *("perplexity", "surprisal", "kl"),
 )
 
-Condition = SteeringVector | Intervention | Sequence[SteeringVector | Intervention] | None
+_Item = SteeringVector | Intervention | Prefix
+Condition = _Item | Sequence[_Item] | None
 # name -> condition; as (name, condition) pairs where a name is a mapping, which cannot be a key
 Conditions = Mapping[Any, Condition] | Sequence[tuple[Any, Condition]]
 
@@ -334,7 +336,8 @@ def as_interventions(condition: Condition, model: TransformerBridge) -> list[Int
     A bare vector acts where it was made for (`SteeringVector.at`).
 
     Raises:
-        ValueError: not a condition; a vector of another ``d_model``; a layer that is not there.
+        ValueError: not a condition; a vector of another ``d_model``; a layer that is not there; a
+            `Prefix`, where prompts run as they are.
     """
     if condition is None:
         return []
@@ -342,6 +345,8 @@ def as_interventions(condition: Condition, model: TransformerBridge) -> list[Int
     result: list[Intervention] = []
     for item in items:
         act = Add(item) if isinstance(item, SteeringVector) else item
+        if isinstance(act, Prefix):
+            raise ValueError("A Prefix changes the prompt, which stays as it is here: put it in.")
         if not isinstance(act, Intervention):
             raise ValueError(
                 "A condition is None, a SteeringVector, an intervention such as Add or Ablate, or "

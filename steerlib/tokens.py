@@ -7,6 +7,7 @@ that the last prompt token of every row stands in the last column and decoding c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Prompt = str | Sequence[int]  # a text, or its token ids as `encode` gives them
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Text in front of every prompt, between BOS and the prompt: prompting, as a condition.
+
+    Alone or in a list with interventions, so that an instruction, a vector and both together run
+    in one sweep: ``{"both": [sl.Prefix("In French: "), vector]}``. The tokens of the prompt stay
+    what they are; the prefix is part of it, so ``generated``, ``back`` and negative positions keep
+    their tokens, while ``front`` and positions from 0 count from the prefix on.
+    """
+
+    text: str
 
 
 def encode(model: TransformerBridge, text: str) -> list[int]:

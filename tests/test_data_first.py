@@ -67,6 +67,7 @@ EXACT = {  # id -> plus, minus, layer, coefficient
         100,
     ),
     "13": ("Je m'appelle", "My name is  ", 6, 5),
+    "14": (" wedding", " ", 6, 1),
     "15a": ("Love", "Hate", 6, 5),
     "15b": (" wedding", " ", 15, 5),
     "16": (

@@ -189,9 +189,14 @@ def test_length_does_not_give_the_correct_answer_away(misconceptions):
 
 
 def test_dilemmas(dilemmas):
-    assert list(dilemmas.columns) == ["id", "situation", "option_a", "option_b", "honest"]
-    assert len(dilemmas) == 30
-    assert dilemmas["honest"].value_counts().to_dict() == {"A": 15, "B": 15}
+    columns = ["id", "situation", "option_a", "option_b", "honest", "source"]
+    assert list(dilemmas.columns) == columns
+    ours = dilemmas["source"] == "ours"
+    assert list(dilemmas["source"][~ours]) == [
+        f"honesty repository, input {i}" for i in range(1, 11)
+    ]
+    assert dilemmas["honest"][ours].value_counts().to_dict() == {"A": 15, "B": 15}
+    assert "".join(dilemmas["honest"][~ours]) == "ABABABABAB"  # as there
     assert dilemmas["situation"].str.endswith("?").all()
     assert dilemmas["id"].is_unique and dilemmas["situation"].is_unique
     assert (dilemmas["option_a"] != dilemmas["option_b"]).all()

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 # The second source's notebooks have the first version's form still: long cells, no verdicts.
 JUDGED = ("00", "01", "02", "03", "04", "05")
+FORMED = (*JUDGED, "11")  # the one that sums up has that form, and no verdicts of its own
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
 
@@ -81,12 +82,12 @@ def test_all_have_one_form(path: Path) -> None:
     notebook, code, text = read(path)
     first = "\n".join(cell.source for cell in notebook.cells[:5])
     assert "**Question.**" in first
-    if path.stem[:2] in JUDGED:
+    if path.stem[:2] in FORMED:
         # under the title: written there at once, or filled in when the numbers are there
         assert "**Answer" in (text if "display_id=" in first else first)
         for part in ("**What the source found", "hat was changed", "ource vs here"):
             assert part in text
-        assert text.count("tables.source_vs_here(") == 1
+        assert text.count("tables.source_vs_here(") == (path.stem[:2] in JUDGED)
     for old in ("first document", "second document", "recipe for", "mean_corr"):
         assert old not in text.lower()
     assert not re.search(r"\b(?:TODO|FIXME|WHATFOLLOWS|ANSWER)\b", text)
@@ -95,8 +96,21 @@ def test_all_have_one_form(path: Path) -> None:
 @each
 def test_cells_are_short(path: Path) -> None:
     lengths = [len(cell.source.splitlines()) for cell in read(path)[1]]
-    if path.stem[:2] in JUDGED:
+    if path.stem[:2] in FORMED:
         assert statistics.median(lengths) <= 8 and max(lengths) <= 30, lengths
+
+
+@each
+def test_figures_are_shown_when_they_are_finished(path: Path) -> None:
+    """A notebook shows what a cell has drawn: title and caption have to be in that cell too."""
+    if path.stem[:2] in FORMED:
+        drawn = [
+            c for c in read(path)[1] if any("image/png" in o.get("data", {}) for o in c.outputs)
+        ]
+        assert [c.source[:60] for c in drawn if "save_figure(" not in c.source] == []
+        assert all(
+            len([o for o in c.outputs if "image/png" in o.get("data", {})]) == 1 for c in drawn
+        )
 
 
 def test_no_helper_is_defined_in_two_notebooks() -> None:

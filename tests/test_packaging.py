@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_make_runs_a_notebook_when_something_changed_and_only_then(copy):
     def ran(*arguments: str) -> bool:
         done = make(*arguments, cwd=copy)
         assert done.returncode == 0, done.stderr
-        return "07_test: done" in done.stdout
+        return "07_test: running" in done.stdout and "done in" in done.stdout
 
     source = (copy / "notebooks/07_test.ipynb").read_text()
     assert ran("figs")
@@ -255,7 +256,8 @@ def test_make_fails_when_a_notebook_does_or_has_no_such_figure(copy):
 
 
 def progress(output: str) -> list[str]:
-    return [line for line in output.splitlines() if ": running" in line]
+    """What stood there while each notebook ran."""
+    return [line.partition(" ... ")[0] for line in output.splitlines() if ": running" in line]
 
 
 @pytest.mark.slow
@@ -268,7 +270,7 @@ def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy)
         "[2/3] 07_test: running (PRESET=quick), about 4 min left",
         "[3/3] 08_bad: running (PRESET=quick), about 1 min left",  # at the pace of the second
     ]
-    assert done.returncode and "07_test: done" in done.stdout
+    assert done.returncode and re.search(r"07_test: running .* \.\.\. done in \d+ s", done.stdout)
     assert "05_bad is broken" in done.stderr and "08_bad is broken" in done.stderr
     assert "failed: 05_bad 08_bad (the other figures are in figs/)" in done.stderr
     assert (copy / "figs/07_line.png").exists()
@@ -292,6 +294,38 @@ def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy)
     (copy / "figs/07_line.png").unlink()
     done = make("figs/07_line.png", cwd=copy)
     assert progress(done.stdout) == ["07_test: running (PRESET=quick)"]
+
+
+@pytest.mark.slow
+def test_the_notebook_that_sums_up_runs_behind_the_others_and_alone(copy):
+    """Even if one of them fails; again when a table of claims is newer; and it fills the README."""
+    figs = "import os, pathlib\nfigs = pathlib.Path(os.environ['STEERLIB_FIGS'])\n"
+    write_notebook(copy / "notebooks/05_bad.ipynb", "raise ValueError('05_bad is broken')")
+    write_notebook(copy / "notebooks/07_test.ipynb", f"{figs}(figs / '07_claims.csv').touch()")
+    sums_up = f"{figs}(figs / '11_all.csv').write_text(str(sorted(figs.glob('*_claims.csv'))))"
+    write_notebook(copy / "notebooks/11_all.ipynb", sums_up)
+    (copy / "steerlib/lab").mkdir()
+    writes = "from pathlib import Path\nimport sys\nPath(sys.argv[1]).write_text('filled')\n"
+    (copy / "steerlib/lab/claims.py").write_text(writes)
+    (copy / "figs").mkdir()
+
+    def ran(*arguments: str) -> list[str]:
+        done = make(*arguments, cwd=copy, PYTHONPATH=str(copy))
+        return re.findall(r"(\d\d_\w+): running", done.stdout)
+
+    assert ran("figs/11_all.csv") == ["11_all"] and ran("figs/11_all.csv") == []
+    assert ran("-n", "figs")[-1] == "11_all"  # behind those that it reads
+    assert ran("figs") == ["05_bad", "07_test", "11_all"]
+    assert "07_claims" in (copy / "figs/11_all.csv").read_text()
+    assert not (copy / "README.md").exists()  # something failed
+    (copy / "notebooks/05_bad.ipynb").unlink()
+    assert ran("figs") == [] and (copy / "README.md").read_text() == "filled"
+    time.sleep(0.01)
+    (copy / "figs/07_claims.csv").touch()
+    assert ran("figs") == ["11_all"] and ran("figs") == []
+    (copy / "README.md").unlink()
+    assert ran("figs", "PRESET=smoke") == ["07_test", "11_all"]
+    assert not (copy / "README.md").exists()  # a smoke run's numbers mean nothing
 
 
 def test_make_hands_its_settings_on(copy):

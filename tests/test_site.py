@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -67,6 +69,35 @@ def test_a_page_for_every_module(pages, tmp_path):
     )
 
 
+LINK = re.compile(r"<(?:a|img|link|script|source)\b[^>]*?\b(?:href|src)=\"([^\"]+)\"")
+
+
+def broken(html: dict[Path, str]) -> list[str]:
+    """Links within a site that lead to no file, or to no place in it."""
+    places = {path: {"top", *re.findall(r"\bid=\"([^\"]+)\"", text)} for path, text in html.items()}
+    found = []
+    for path, text in html.items():
+        for link in map(unescape, LINK.findall(text)):
+            if re.match(r"[a-z]+:", link):  # another machine, or data in the page
+                continue
+            target, _, place = link.partition("#")
+            file = (path.parent / unquote(target.partition("?")[0])).resolve() if target else path
+            if not file.is_file() or (place and file in places and place not in places[file]):
+                found.append(f"{path.name}: {link}")
+    return found
+
+
+def test_broken_links_are_found(tmp_path):
+    page, other = tmp_path / "a.html", tmp_path / "b.html"
+    other.write_text('<p id="here">')
+    html = {
+        page: '<a class="x" href="b.html#here"><a href="#top"><img src="c.png"><a href="b.html#no">'
+        '<a href="https://d.org/e"><script src="b.html?v=1">',
+        other: other.read_text(),
+    }
+    assert broken(html) == ["a.html: c.png", "a.html: b.html#no"]
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_machine(tmp_path):
     for path in ROOT.iterdir():
@@ -79,7 +110,13 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_machine(tmp_path):
 
     html = {p: p.read_text("utf-8") for p in (tmp_path / "site").rglob("*.html")}
     assert len(html) > len(list((ROOT / "notebooks").glob("[0-9]*.ipynb"))) + 7
+    assert broken(html) == []
     assert not [match for text in html.values() for match in REMOTE.findall(text)]
     for css in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", css.read_text("utf-8"))
+    glossary = (tmp_path / "site" / "glossary.html").read_text("utf-8")
+    for (
+        word
+    ) in "stream position coefficient strength propensity matched-control verdict sink".split():
+        assert f'id="term-{word}"' in glossary
     assert "propens" in (tmp_path / "site" / "searchindex.js").read_text("utf-8")

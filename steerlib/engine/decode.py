@@ -27,9 +27,11 @@ from ..interventions import (
     warn_untouched,
 )
 from ..tokens import (
+    Prefix,
     Prompt,
     columns_of,
     common_prefix,
+    continuation_ids,
     input_device,
     pad_id,
     pad_left,
@@ -96,13 +98,17 @@ def make_rows(
     ``behind`` says how many tokens run behind each prompt, if not as many as are sampled but one:
     a condition that touches none of them all gets a warning.
     """
-    acts = [as_interventions(c, model) for c in conditions]
+    parts = [_prefix_apart(c) for c in conditions]
+    before = [continuation_ids(model, text) if text else [] for text, _ in parts]
+    acts = [as_interventions(rest, model) for _, rest in parts]
     rows = []
     for p, prompt in enumerate(prompts):
         ids = prompt_ids(model, prompt)
-        for a in acts:
+        bos = int(ids[0] == model.tokenizer.bos_token_id)
+        whole = [[*ids[:bos], *b, *ids[bos:]] for b in before]
+        for a, w in zip(acts, whole, strict=True):
             more = sampling.max_new_tokens - 1 if behind is None else behind[p]
-            warn_untouched(a, len(ids), len(ids) + more)
+            warn_untouched(a, len(w), len(w) + more)
         # Seeded by content, not by place: the same prompt gets the same draws in any company.
         said = prompt if isinstance(prompt, str) else repr(ids)
         key = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little")
@@ -111,11 +117,20 @@ def make_rows(
             for s in range(n_samples)
         ]
         rows += [
-            Row(p, c, s, ids, acts[c], draws[s])
+            Row(p, c, s, whole[c], acts[c], draws[s])
             for c in range(len(conditions))
             for s in range(n_samples)
         ]
     return rows
+
+
+def _prefix_apart(condition: Condition) -> tuple[str, Condition]:
+    """The text that a condition puts in front of a prompt, and the rest of it."""
+    items: list[Any] = list(condition) if isinstance(condition, (list, tuple)) else [condition]
+    texts = [item.text for item in items if isinstance(item, Prefix)]
+    if not texts:
+        return "", condition
+    return "".join(texts), [item for item in items if not isinstance(item, Prefix)]
 
 
 def run(
@@ -300,10 +315,13 @@ def prefill(
     device = input_device(model)
     # All but the last token depends on the prompt alone if the condition leaves it untouched.
     untouched = [first_position(r.acts, len(r.prompt_ids)) >= len(r.prompt_ids) - 1 for r in rows]
+    ids = [tuple(r.prompt_ids) for r in rows]  # not r.prompt: a condition may put text before it
     prefixes, last_to_prefix = _distinct(
-        [(r.prompt, -1 if free else r.condition) for r, free in zip(rows, untouched, strict=True)]
+        [(i, -1 if free else r.condition) for i, r, free in zip(ids, rows, untouched, strict=True)]
     )
-    last_tokens, row_to_last = _distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
+    last_tokens, row_to_last = _distinct(
+        [(i, r.condition if r.acts else -1) for i, r in zip(ids, rows, strict=True)]
+    )
     longest = max(len(r.prompt_ids) for r in rows)
     cache = preallocated_cache(model, len(rows), longest + room)
     # Where nothing is shared, running the last token apart would only cost a pass.

@@ -278,7 +278,7 @@ def choice_probabilities(
 def capture_generation(
     model: TransformerBridge,
     prompts: str | Sequence[str],
-    directions: SteeringVector,
+    directions: SteeringVector | Sequence[SteeringVector],
     max_new_tokens: int = 20,
     prompt_positions: int = 3,
     condition: Condition = None,
@@ -287,7 +287,8 @@ def capture_generation(
     """Projections of the stream on a direction while the model generates (greedily).
 
     Args:
-        directions: one position per layer; projections are on its unit vector, at its site.
+        directions: one position per layer; projections are on its unit vector, at its site. Of
+            several, such as controls, all are read in one run: same layers, same site.
         prompt_positions: how many of the last prompt positions are read too.
         condition: an intervention under which to generate; the stream is read after it.
         cosine: divide by the norm of the stream, which grows many times over from layer to layer.
@@ -295,7 +296,7 @@ def capture_generation(
     Returns:
         float32 tensor ``[prompt, layer, position]``, layers in ascending order; the positions are
         -prompt_positions ... -1, then 0 ... max_new_tokens - 1 for the generated tokens. NaN
-        where the prompt is too short or the text had ended.
+        where the prompt is too short or the text had ended. Several directions give it a last axis.
 
     Source: the honesty repository, generation heatmaps.
     """
@@ -307,20 +308,27 @@ def capture_generation(
 def read_generation(
     model: TransformerBridge,
     prompts: str | Sequence[str],
-    directions: SteeringVector,
+    directions: SteeringVector | Sequence[SteeringVector],
     max_new_tokens: int,
     prompt_positions: int,
     condition: Condition,
     cosine: bool,
 ) -> Iterator[torch.Tensor]:
     """`capture_generation` a step at a time: the same tensor after every token, filled so far."""
-    if directions.n_positions != 1:
-        raise ValueError(f"Projections need a direction (one position), got {directions!r}.")
+    listed = [directions] if isinstance(directions, SteeringVector) else list(directions)
+    if not listed:
+        raise ValueError("Projections need at least one direction.")
+    for one in listed:
+        if one.n_positions != 1:
+            raise ValueError(f"Projections need a direction (one position), got {one!r}.")
+    if len({(one.site, *sorted(one.layers)) for one in listed}) > 1:
+        raise ValueError("Directions that are read in one run need the same layers and site.")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    layers = sorted(directions.layers)
-    unit = {layer: directions.unit().layers[layer][0] for layer in layers}
+    layers, units = sorted(listed[0].layers), [one.unit() for one in listed]
+    unit = {layer: torch.cat([u.layers[layer] for u in units]).T for layer in layers}
     width = prompt_positions + max_new_tokens
-    out = torch.full((len(texts), len(layers), width), float("nan"))
+    out = torch.full((len(texts), len(layers), width, len(listed)), float("nan"))
+    shown = out[..., 0] if isinstance(directions, SteeringVector) else out
     # One token more is sampled than is read: the last one never enters the stream.
     sampling = Sampling(max_new_tokens + 1, temperature=0)
     rows = make_rows(model, texts, [condition], 1, sampling, 0)
@@ -330,10 +338,10 @@ def read_generation(
     for begin in range(0, len(order), size):
         numbers = order[begin : begin + size]
         place = (numbers, lengths, prompt_positions)
-        watch = partial(_read_along, out, *place, unit, directions.site, cosine)
+        watch = partial(_read_along, out, *place, unit, listed[0].site, cosine)
         mine, own = [rows[i] for i in numbers], max(2, prompt_positions)
         for _ in decode.decode(model, mine, sampling, watch=watch, own=own):
-            yield out
+            yield shown
 
 
 def _read_along(
@@ -359,11 +367,11 @@ def _read_along(
         return []
     row, column, prompt, slots = torch.tensor(wanted).T
 
-    def read(index: int, direction: torch.Tensor) -> Any:
+    def read(index: int, directions: torch.Tensor) -> Any:
         def hook(x: torch.Tensor, hook: Any) -> None:
             stream = x[row.to(x.device), column.to(x.device)].float()
-            scale = stream.norm(dim=-1) if cosine else 1
-            out[prompt, index, slots] = (stream @ direction.to(x.device) / scale).cpu()
+            scale = stream.norm(dim=-1, keepdim=True) if cosine else 1
+            out[prompt, index, slots] = (stream @ directions.to(x.device) / scale).cpu()
 
         return hook
 

@@ -13,7 +13,7 @@ from .decode import Row, Sampling, Stop
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_FORMAT = "steerlib.row.2"
+_FORMAT = "steerlib.row.3"
 
 
 class RowStore:
@@ -41,7 +41,9 @@ class RowStore:
         same = tuple(map(id, row.acts))
         if same not in self._conditions:
             self._conditions[same] = digest([act.key() for act in row.acts])
-        return digest(self._common, prompt, row.sample, self._conditions[same])
+        # The text seeds the draws; its tokens may have a prefix.
+        said = [prompt, row.prompt_ids]
+        return digest(self._common, said, row.sample, self._conditions[same])
 
     def fill(self, rows: Sequence[Row], prompts: Sequence[str]) -> list[Row]:
         """Complete the rows that are known; return the others."""

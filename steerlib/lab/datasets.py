@@ -187,9 +187,10 @@ class ContrastPairs(Sequence[tuple[str, str]]):
     Attributes:
         prefixes: everything before the key token, one text a question.
         endings: the rest, honest answer first, two texts a question.
-        labels: one row a text, in the order of ``endings``: id, pair (ids that belong together),
-            truth (of the claim; missing where there is no claim), label (the answer, A or B),
-            honest.
+        labels: one row a text, in the order of ``endings``: id, pair (ids that belong together: a
+            claim and its twin), truth (of the claim), order (of the options, see `questions`),
+            label (the answer, A or B), meaning (whether that answer says "true"), honest. Truth
+            and meaning are missing where there is no claim.
         position: of the key token, the A or B: -1 where nothing is behind it.
         options: the key token's text for A and for B, as `choice_probabilities` takes it.
         ids: token ids (honest, dishonest) of each pair's whole texts, as `encode` gives them.
@@ -214,12 +215,17 @@ class ContrastPairs(Sequence[tuple[str, str]]):
         return tuple(self.prefixes[index] + ending for ending in self.endings[index])
 
 
-def questions(table: pd.DataFrame) -> pd.DataFrame:
+def questions(table: pd.DataFrame, both_orders: bool = False) -> pd.DataFrame:
     """Two-way questions from ``claims``, ``misconceptions`` or ``dilemmas``, or their like.
 
+    Args:
+        both_orders: ask every question twice, the second time with the two choices exchanged
+            (right behind the first). Only then can what an answer says be told from its label.
+
     Returns:
-        One row per row of ``table``: id, pair, truth (missing where there is no claim), text (the
-        question with its two choices, up to "Answer:"), a, b (the choices), honest (A or B).
+        One row per row of ``table``, or two: id, pair, truth (missing where there is no claim),
+        text (the question with its two choices, up to "Answer:"), a, b (the choices), honest
+        (A or B), order (``given``: of claims, A is True; ``swapped``).
 
     Raises:
         ValueError: unknown columns, or labels that are neither 1 nor 0, neither A nor B.
@@ -253,11 +259,16 @@ def questions(table: pd.DataFrame) -> pd.DataFrame:
         b = table.popular_wrong.where(first, table.correct)
     else:
         a, b = table.option_a, table.option_b
-    text = "Question: " + asked + "\n\nChoices:\n(A) " + a + "\n(B) " + b + "\n\nAnswer:"
     names = table["id"] if "id" in table else pd.Series(range(len(table)), table.index)
     pair = table["pair"] if "pair" in table else names
-    columns = {"id": names, "pair": pair, "truth": truth, "text": text, "a": a, "b": b}
-    return pd.DataFrame({**columns, "honest": honest}).reset_index(drop=True)
+    columns = {"id": names, "pair": pair, "truth": truth, "text": asked, "a": a, "b": b}
+    given = pd.DataFrame({**columns, "honest": honest, "order": "given"}).reset_index(drop=True)
+    if both_orders:
+        other = {"a": given.b, "b": given.a, "honest": given.honest.map({"A": "B", "B": "A"})}
+        given = pd.concat([given, given.assign(**other, order="swapped")])
+        given = given.sort_index(kind="stable").reset_index(drop=True)
+    choices = "\n\nChoices:\n(A) " + given.a + "\n(B) " + given.b + "\n\nAnswer:"
+    return given.assign(text="Question: " + given.text + choices)
 
 
 def contrast_pairs(
@@ -265,6 +276,7 @@ def contrast_pairs(
     table: pd.DataFrame,
     n: int | None = None,
     *,
+    both_orders: bool = False,
     system: str | None = None,
     prefill: str = "(",
     closing: str = "",
@@ -273,13 +285,16 @@ def contrast_pairs(
     """Every question with its honest and its dishonest answer, exactly counterbalanced.
 
     Both classes hold every question once, and as many answers A as B; with claims, therefore, as
-    many true as false ones. Without that the mean difference is the label, not honesty.
+    many true as false ones. Without that the mean difference is the label, not honesty. In both
+    orders of the options label, meaning and honesty of an answer are crossed: each of the eight
+    combinations occurs equally often.
 
     Args:
         model: its tokenizer decides what the key token is: the A or B, or "(A" where that is one.
         table: ``claims``, ``misconceptions``, ``dilemmas``, or their like (see `questions`).
         n: draw so many questions at random, half of each kind, rows of one ``pair`` together
             where they can be; all rows by default.
+        both_orders: ask each of them in both orders, so that there are ``2 * n`` pairs.
         system, prefill: as for `chat_prompt`.
         closing: text behind the key token, such as ")".
 
@@ -291,7 +306,7 @@ def contrast_pairs(
     """
     import pandas as pd
 
-    asked = _balanced(questions(table), n, seed)
+    asked = _balanced(questions(table, both_orders), n, seed)
     prefixes: list[str] = []
     endings, rows, ids, n_shared = [], [], [], []
     where: tuple[int, int] | None = None  # key token: its position, and where it starts in the text
@@ -307,9 +322,13 @@ def contrast_pairs(
         endings.append((texts[order[0]][found[1] :], texts[order[1]][found[1] :]))
         ids.append((encode(model, texts[order[0]]), encode(model, texts[order[1]])))
         n_shared.append(len(ids[-1][0]) + found[0])
-        rows += [(item.id, item.pair, item.truth, o, o == item.honest) for o in order]
+        for o in order:
+            honest = o == item.honest
+            meaning = None if item.truth is None else item.truth == honest
+            rows.append((item.id, item.pair, item.truth, item.order, o, meaning, honest))
     assert where is not None
-    labels = pd.DataFrame(rows, columns=["id", "pair", "truth", "label", "honest"])
+    columns = ["id", "pair", "truth", "order", "label", "meaning", "honest"]
+    labels = pd.DataFrame(rows, columns=columns)
     key = endings[0] if labels.label[0] == "A" else endings[0][::-1]
     options = tuple(text.removesuffix(closing) for text in key)
     both = (options[0], options[1])
@@ -317,7 +336,16 @@ def contrast_pairs(
 
 
 def _balanced(asked: pd.DataFrame, n: int | None, seed: int) -> pd.DataFrame:
-    """``asked``, or ``n`` of its rows, with as many honest answers A as B."""
+    """``asked``, or ``n`` of its questions, with as many honest answers A as B in each order."""
+    import pandas as pd
+
+    if len(swapped := asked[asked.order == "swapped"]):
+        given = asked[asked.order == "given"].assign(row=range(len(swapped)))
+        if n is not None or given.truth.notna().any():  # else both orders balance themselves
+            given = _balanced(given, n, seed)
+        other = swapped.iloc[given.row]
+        both = pd.concat([given.drop(columns="row").set_axis(other.index), other])
+        return both.loc[other.index].drop_duplicates().reset_index(drop=True)
     twice = asked[asked.text.duplicated()]
     if len(twice):
         raise ValueError(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 FRENCH = "french-codeswitch"
+BORROWED = {"14": ("9", "15b")}  # a sweep of positions, on the prompts of two demonstrations
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Demonstration:
         dev, test: prompts; dev_control, test_control: their counterparts with another word, whose
             effect is subtracted (number 16: duck for goose), or empty.
         targets, references: continuations that do and do not show the behaviour.
+
+    Number 14 has the prompts of numbers 9 and 15b, each with its own continuations.
     """
 
     row: pd.Series
@@ -90,12 +93,19 @@ class Demonstration:
             conditions: without the unsteered control, which is added.
             split: ``dev`` or ``test``.
             n_prompts, n_continuations: only so many, from the first on; all by default.
+                Number 14: so many of each of its two lists.
 
         Returns:
             One row per prompt x condition: prompt, condition (and the fields of its name), effect,
             target_effect (how much of it is a rise of the targets), and shuffled: the effect with
             half of the targets exchanged for their references, which should be none.
         """
+        if self.id in BORROWED:
+            import pandas as pd
+
+            given = (conditions, split, n_prompts, n_continuations)
+            frames = [load(name).effects(model, *given) for name in BORROWED[self.id]]
+            return pd.concat(frames, ignore_index=True)
         prompts = self.dev if split == "dev" else self.test
         control = self.dev_control if split == "dev" else self.test_control
         found = self._effects(model, conditions, prompts[:n_prompts], n_continuations)
@@ -145,6 +155,10 @@ def load(demonstration: str) -> Demonstration:
             f"There is no demonstration {demonstration!r}; there are {', '.join(table.index)}."
         )
     row = table.loc[str(demonstration)]
+    if row["id"] in BORROWED:
+        parts = [load(name) for name in BORROWED[row["id"]]]
+        dev, test = ([t for part in parts for t in getattr(part, s)] for s in ("dev", "test"))
+        return Demonstration(row, dev, test, [], [], [], [])
     name = FRENCH if row["id"].startswith(FRENCH) else row["id"]
     texts = datasets.load("demonstration_effects").astype({"demonstration": str})
     texts = texts[texts.demonstration == name]
@@ -168,25 +182,9 @@ def load(demonstration: str) -> Demonstration:
 
 
 def names() -> list[str]:
-    """The ids of all demonstrations, in the source's order."""
-    return datasets.load("demonstrations")["id"].astype(str).tolist()
-
-
-def pooled_effects(
-    model: TransformerBridge,
-    demonstrations: Sequence[str],
-    conditions: Conditions,
-    split: str = "test",
-    n_prompts: int | None = None,
-    n_continuations: int | None = None,
-) -> pd.DataFrame:
-    """`Demonstration.effects` on the prompts of several demonstrations, each with its own
-    continuations, in one table: for a vector that belongs to all of them."""
-    import pandas as pd
-
-    given = (conditions, split, n_prompts, n_continuations)
-    frames = [load(name).effects(model, *given) for name in demonstrations]
-    return pd.concat(frames, ignore_index=True)
+    """The ids of all demonstrations with prompts of their own, in the source's order."""
+    ids = datasets.load("demonstrations")["id"].astype(str)
+    return [name for name in ids if name not in BORROWED]
 
 
 def strength(
@@ -267,8 +265,7 @@ def results() -> pd.DataFrame:
 
     Returns:
         All of ``data/results/effects_<model>.csv``, the smallest model first; prompt is the number
-        of the prompt in `Demonstration.test`; which half of the targets is exchanged in shuffled
-        alternates from prompt to prompt.
+        of the prompt in `Demonstration.test`.
     """
     import pandas as pd
 
@@ -280,9 +277,6 @@ def results() -> pd.DataFrame:
     for name in sorted(paths, key=lambda m: list(MODELS).index(m) if m in MODELS else len(MODELS)):
         frame = pd.read_csv(paths[name], dtype={"demonstration": str}, keep_default_na=False)
         frame.insert(0, "model", name)
-        # To exchange the other half of the targets turns the sign. With the same half after every
-        # prompt, an effect that sits in a few of the targets would be there in all of them.
-        frame["shuffled"] *= 1 - 2 * (frame.prompt_number % 2)
         frames.append(frame.rename(columns={"prompt_number": "prompt"}))
     if not frames:
         raise ValueError("There are no results: run data/make_settings.py.")
@@ -295,13 +289,15 @@ def summary(frame: pd.DataFrame, bound: float, value: str = "effect") -> pd.Data
     Args:
         frame: as `results` returns it.
         bound: what counts as no effect, in nats (`stats.verdict`).
-        value: ``effect``, or ``shuffled`` for the check that should find none.
+        value: ``effect``, or ``shuffled``, of which less should be found; an effect that sits in
+            few of the targets survives the exchange of others.
 
     Returns:
         One row per model x demonstration: model, demonstration, effect, low, high, n_test,
-        q95_random, q95_unrelated, p (sign-flip test over prompts, one-sided, since the direction
-        is given), p_holm (corrected for the demonstrations of this model), works (`stats.verdict`
-        would call a claim that it works reproduced), verdict (on what the source says).
+        q95_random, q95_unrelated (quantiles of the controls), q05_random, q05_unrelated, p
+        (sign-flip test over prompts against no effect, one-sided, since the direction is given),
+        p_holm (corrected for the demonstrations of this model), works (`stats.verdict` would call
+        a claim that it works reproduced), verdict (on what the source says).
     """
     import pandas as pd
 
@@ -316,10 +312,41 @@ def summary(frame: pd.DataFrame, bound: float, value: str = "effect") -> pd.Data
         works = stats.verdict(*here, bound=bound, beyond=q) == "reproduced"
         low = [stats.control_quantile(part, f, value, sign=-1) for f in ("random", "unrelated")]
         on = stats.verdict(*here, holds=said[name], bound=bound, beyond=q, against=low)
-        rows.append((model, name, *here, len(own), *q, p, works, on))
+        rows.append((model, name, *here, len(own), *q, *low, p, works, on))
     columns = ["model", "demonstration", "effect", "low", "high", "n_test"]
-    columns += ["q95_random", "q95_unrelated", "p", "works", "verdict"]
+    columns += ["q95_random", "q95_unrelated", "q05_random", "q05_unrelated"]
+    columns += ["p", "works", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
     corrected = table.groupby("model").p.transform(lambda p: stats.holm(p.to_numpy()))
     table.insert(table.columns.get_loc("p") + 1, "p_holm", corrected)
     return table
+
+
+def by_chance(frame: pd.DataFrame, bound: float) -> pd.DataFrame:
+    """How many demonstrations would work if there were nothing to find, in each model.
+
+    Every random control takes the vector's place once and is judged as it is, against the others.
+
+    Args:
+        frame, bound: as for `summary`.
+
+    Returns:
+        One row per model: model, passed and tried (random controls), expected (the share of those
+        that pass, times the number of demonstrations).
+    """
+    import pandas as pd
+
+    rows = []
+    for model, of_model in frame.groupby("model", sort=False):
+        passed = tried = 0
+        for _, part in of_model[of_model["family"] != "demonstration"].groupby("demonstration"):
+            means = part.groupby(["family", "control"], as_index=False).effect.mean()
+            for control, own in part[part["family"] == "random"].groupby("control"):
+                others = means[(means["family"] != "random") | (means.control != control)]
+                q = [stats.control_quantile(others, f) for f in ("random", "unrelated")]
+                here = stats.clustered_interval(own.effect, own.prompt)
+                tried += 1
+                passed += stats.verdict(*here, bound=bound, beyond=q) == "reproduced"
+        n = of_model.demonstration.nunique()
+        rows.append((model, passed, tried, passed / tried * n))
+    return pd.DataFrame(rows, columns=["model", "passed", "tried", "expected"])

@@ -106,8 +106,10 @@ def one_legend(figure: Figure, ncols: int | None = None) -> None:
 
 
 def caption(figure: Figure, **facts: Any) -> None:
-    """A line below the figure that says on what it stands: ``caption(figure, model=…, n=…)``."""
-    said = ", ".join(str(v) if k == "model" else f"{k} = {v}" for k, v in facts.items())
+    """A line below the figure that says on what it stands: ``caption(figure, model=…, n=…)``;
+    what its bars or ribbons are, with ``intervals="over prompts"``: 95 % intervals over prompts."""
+    bare = {"model": "{}", "intervals": "intervals: 95 % {}"}
+    said = ", ".join(bare.get(k, f"{k} = {{}}").format(v) for k, v in facts.items())
     size = style(figure.get_figwidth())["font.size"]
     text = textwrap.fill(said, int(figure.get_figwidth() * 72 / (0.57 * size)))
     line = 1.25 * size / 72 / figure.get_figheight()
@@ -324,17 +326,22 @@ def forest(
         frame: one row per ``y`` and ``panel``: effect, low, high.
         group: the column by which rows stand together; its values are written above them.
         controls: columns that hold a bound of the controls -> its name; each a grey mark.
-        colour: a column of truth values: filled vermilion where true, hollow grey elsewhere.
+        colour: a column of truth values, whether it works: filled vermilion where true, hollow
+            grey elsewhere.
 
     Values beyond the axis are clipped, with an arrow.
     """
-    places: dict[Any, int] = {}
-    heads: dict[str, int] = {}
+    places: dict[Any, float] = {}
+    heads: dict[str, float] = {}
+    last = -1.5
     for name, rows in frame.groupby(group, sort=False):
-        heads[str(name)] = len(places) + len(heads)
-        places |= {label: len(places) + len(heads) + i for i, label in enumerate(rows[y].unique())}
+        last += 1.5  # half a row of space before each group
+        heads[str(name)] = last
+        for label in rows[y].unique():
+            last += 1
+            places[label] = last
     names = list(dict.fromkeys(frame[panel]))
-    height, width = 1.2 + 0.27 * (len(places) + len(heads)), 2 * COLUMN
+    height, width = 1.2 + 0.27 * (last + 1), 2 * COLUMN
     with plt.rc_context({**style(width), "axes.grid.axis": "x"}):
         figure, grid = plt.subplots(
             1, len(names), figsize=(width, height), sharey=True, sharex=True, squeeze=False
@@ -349,8 +356,8 @@ def forest(
                 )
             true = np.ones(len(part), bool) if colour is None else part[colour].to_numpy(bool)
             for chosen, label, paint, face in (
-                (true, "beyond 0 and all controls", COLOURS["steered"], COLOURS["steered"]),
-                (~true, "not beyond", "#444444", "white"),
+                (true, "works", COLOURS["steered"], COLOURS["steered"]),
+                (~true, "does not", "#444444", "white"),
             ):
                 here = part[chosen].rename(columns={"effect": "mean"})
                 ax.errorbar(
@@ -366,7 +373,7 @@ def forest(
         lowest, highest = shown.min(axis=None), shown.max(axis=None)
         grid[0, 0].set_xlim(min(-2.0, 1.4 * lowest), max(2.0, 1.4 * highest))
         grid[0, 0].set_yticks(list(places.values()), [str(label) for label in places])
-        grid[0, 0].set_ylim(len(places) + len(heads) - 0.4, -0.6)
+        grid[0, 0].set_ylim(last + 0.6, -0.6)
         for head, place in heads.items():
             grid[0, 0].text(
                 -0.03, place, head, transform=grid[0, 0].get_yaxis_transform(), ha="right",
@@ -385,7 +392,7 @@ def _arrows(
     frame: pd.DataFrame,
     panel: str,
     y: str,
-    places: Mapping[Any, int],
+    places: Mapping[Any, float],
     names: Sequence[Any],
 ) -> None:
     """An arrow at the edge for every interval that goes on beyond it."""
@@ -398,6 +405,71 @@ def _arrows(
             ):
                 if beyond:
                     ax.plot(edge, places[row[y]], mark, color="#444444", clip_on=False)
+
+
+def verdicts(
+    frame: pd.DataFrame,
+    marks: Mapping[str, tuple[str, str]],
+    heads: Mapping[tuple[str, str], str],
+    *,
+    title: str = "",
+) -> Figure:
+    """A table as a figure: claims in rows below the heads of their groups, a column per model.
+
+    Args:
+        frame: one row per claim and model: source, group, label, model, theirs_short (the
+            source's number or word), verdict, short (our number).
+        marks: verdict -> its shape and colour.
+        heads: group, model -> what stands beside the head of the group.
+
+    Numbers are left away where there are more than three models: only marks are readable then.
+    """
+    names = list(dict.fromkeys(frame["model"]))
+    lines: list[tuple[str, str, Any]] = []  # kind, text, rows of the claim by model
+    for source, of_source in frame.groupby("source", sort=False):
+        lines.append(("source", str(source), None))
+        for group, of_group in of_source.groupby("group", sort=False):
+            lines.append(("group", str(group), group))
+            for label, rows in of_group.groupby("label", sort=False):
+                lines.append(("claim", str(label), rows.set_index("model")))
+    width, step = 2 * COLUMN, 0.25
+    legend = -(-len(marks) // 3)
+    wrapped = [textwrap.fill(name, 10) for name in names]
+    top = max(name.count("\n") for name in wrapped) + 1
+    height = step * (len(lines) + legend + top + 1.2)
+    left, theirs, first = 0.0, 0.4, 0.51
+    columns = np.linspace(first, 1, len(names) + 1)[:-1]
+    with plt.rc_context({**style(width), "axes.grid": False}):
+        figure, ax = plt.subplots(figsize=(width, height))
+        ax.axis("off")
+        ax.set(xlim=(0, 1), ylim=(len(lines) + legend + 0.4, -top - 0.4))
+        ax.text(theirs, -0.4, "source", va="bottom", style="italic")
+        for x, name in zip(columns, wrapped, strict=True):
+            ax.text(x, -0.4, name, va="bottom", style="italic", linespacing=1)
+        for y, (kind, text, rows) in enumerate(lines):
+            if kind == "source":
+                ax.text(left, y, text, va="center", weight="bold")
+                ax.axhline(y + 0.5, color="#000000", linewidth=0.8)
+            elif kind == "group":
+                ax.axhspan(y - 0.5, y + 0.5, color="#EEEEEE", lw=0, zorder=0)
+                ax.text(left + 0.01, y, text, va="center", style="italic")
+                for x, name in zip(columns, names, strict=True):
+                    ax.text(x, y, heads.get((text, name), ""), va="center", style="italic")
+            else:
+                ax.text(left + 0.03, y, text, va="center")
+                ax.text(theirs, y, rows.theirs_short.iloc[0], va="center", color="#555555")
+                for x, name in zip(columns, names, strict=True):
+                    if name in rows.index:
+                        shape, colour = marks[rows.verdict[name]]
+                        number = rows.short[name] if len(names) < 4 else ""
+                        ax.text(x, y, shape, va="center", color=colour, weight="bold")
+                        ax.text(x + 0.034, y, number.replace("-", "−"), va="center", color=colour)
+        for i, (name, (shape, colour)) in enumerate(marks.items()):
+            place = (i % 3 * 0.34, len(lines) + i // 3 + 0.2)
+            ax.text(*place, f"{shape} {name}", va="center", color=colour)
+        size = style(width)["font.size"]
+        figure.suptitle(textwrap.fill(title, int(width * 72 / (0.52 * size))), fontsize=size)
+        return figure
 
 
 def shift_scatter(
@@ -469,6 +541,75 @@ def _visible(token: str) -> str:
     for old, new in ((" ", "␣"), ("\n", "⏎"), ("\t", "⇥"), ("$", r"\$")):
         token = token.replace(old, new)
     return token
+
+
+def schematic(
+    change: np.ndarray,
+    tokens: Sequence[str],
+    layer: int,
+    positions: Sequence[int],
+    shift: pd.DataFrame,
+    *,
+    vector: str,
+    title: str = "",
+    top: int = 5,
+) -> Figure:
+    """How steering works, in one real run: where the vector enters, what it changes, what follows.
+
+    Args:
+        change: ``[layer, position]``, the norm of the change of the stream over its own norm,
+            leaving each layer.
+        tokens: of the prompt, one a position.
+        layer, positions: before which layer, and at which positions, the vector is added.
+        shift: the next token, as `logprobs.next_token_shift` returns it.
+        vector: what is written at the arrow.
+        top: how many tokens: the likeliest before or after.
+    """
+    with plt.rc_context({**style(2 * COLUMN), "axes.grid": False}):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(2 * COLUMN, 4.0), width_ratios=[1.45, 1]
+        )
+        n = len(change)
+        small_too = matplotlib.colors.PowerNorm(0.5, 0, 1)
+        ends = (-0.5, len(tokens) - 0.5)
+        image = left.imshow(
+            change, cmap="Oranges", norm=small_too, aspect="auto", origin="lower",
+            extent=(*ends, -0.5, n - 0.5),
+        )  # fmt: skip
+        left.vlines(np.arange(len(tokens) + 1) - 0.5, -0.5, n - 0.5, color="white", linewidth=2)
+        left.set_xticks(range(len(tokens)), [_visible(token) for token in tokens])
+        plt.setp(left.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+        left.set(xlabel="token", ylabel="layer", ylim=(-0.5, n - 0.5))
+        left.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        low = layer - 0.5  # the vector is added before this layer
+        first, last = min(positions) - 0.5, max(positions) + 0.5
+        left.plot(
+            [first, last], [low, low], color=COLOURS["steered"], linewidth=4, solid_capstyle="butt"
+        )
+        left.annotate(
+            vector, ((first + last) / 2, low), (last + 0.3, min(low + 0.45 * n, 0.9 * n)),
+            color="#000000", va="center",
+            bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 2},
+            arrowprops={"arrowstyle": "-|>", "color": COLOURS["steered"], "linewidth": 2},
+        )  # fmt: skip
+        bar = figure.colorbar(image, ax=left, location="top", shrink=0.9, aspect=30)
+        bar.set_label("change of the stream / its length")
+        bar.set_ticks([0, 0.1, 0.5, 1])
+        likely = shift[["p_before", "p_after"]].max(axis=1).nlargest(top).index
+        shown = shift.loc[likely].sort_values("p_after", ascending=False)
+        rows = np.arange(len(shown))
+        for i, (column, name, colour) in enumerate(
+            (("p_before", "before", COLOURS["unsteered"]), ("p_after", "after", COLOURS["steered"]))
+        ):
+            right.barh(rows + 0.2 * (2 * i - 1), shown[column], 0.38, color=colour, label=name)
+        right.set_yticks(rows, [_visible(token) for token in shown.token])
+        right.invert_yaxis()
+        right.set(xlabel="probability", title="next token")
+        right.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        _legend(right, own=True)
+        size = style(2 * COLUMN)["font.size"]
+        figure.suptitle(textwrap.fill(title, int(2 * COLUMN * 72 / (0.52 * size))), fontsize=size)
+        return figure
 
 
 # ---------------------------------------------------------------- honesty
@@ -560,6 +701,8 @@ def generation_heatmap(
     title: str = "",
     label: str = "",
     limit: float | None = None,
+    faded: np.ndarray | None = None,
+    counts: Sequence[int] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Mean projections by layer and position while generating, in diverging colours around 0.
@@ -568,6 +711,8 @@ def generation_heatmap(
         values: ``[layer, position]``, positions as `generate.capture_generation` has them: the last
             ``prompt_positions`` of the prompt, then the generated tokens from 0.
         limit: the value of the full colour, to share one scale among figures.
+        faded: ``[layer, position]``, true where a cell says nothing: its colour pales.
+        counts: how many texts there are at each position, written below it.
 
     Source: the honesty repository, generation heatmaps.
     """
@@ -580,14 +725,21 @@ def generation_heatmap(
         image = ax.imshow(
             array, cmap=colours, vmin=-reach, vmax=reach, aspect="auto", origin="lower",
             extent=(*ends, -0.5, len(layers) - 0.5), interpolation="none",
+            alpha=None if faded is None else np.where(faded, 0.25, 1.0),
         )  # fmt: skip
         ax.axvline(-0.5, color="#000000", linewidth=0.8)
         step = -(-len(layers) // 12)
         ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         step = 3 * -(-array.shape[1] // 27)  # 0 is always among them
         places = range(-prompt_positions, array.shape[1] - prompt_positions)
-        ax.set_xticks([place for place in places if place % step == 0])
-        ax.set(xlabel="position (0: first generated token)", ylabel="layer")
+        shown = [place for place in places if place % step == 0]
+        ax.set_xticks(shown)
+        xlabel = "position (0: first generated token)"
+        if counts is not None:
+            below = [f"{place}\n{counts[place + prompt_positions]}" for place in shown]
+            ax.set_xticks(shown, below)
+            xlabel += "\nbelow it: texts"
+        ax.set(xlabel=xlabel, ylabel="layer")
         ax.set_title(_wrapped(title, ax))
         ax.get_figure().colorbar(image, ax=ax, label=label)  # type: ignore[union-attr]
         return ax.get_figure()  # type: ignore[return-value]

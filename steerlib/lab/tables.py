@@ -34,6 +34,13 @@ VERDICTS = {
     "opposite": ("▼", "#A63D00"),
     "cannot tell": ("?", "#595959"),
 }
+MEANS = {  # what each verdict means, for the line below the claims
+    "reproduced": "clear, and beyond the controls (or, of a claim of no effect: none)",
+    "weaker": "clear, but less than half of the source's number",
+    "not seen": "the interval lies within the bound of no effect",
+    "opposite": "clear, the other way",
+    "cannot tell": "none of these",
+}
 
 
 def side_by_side(
@@ -69,26 +76,27 @@ def align(
 ) -> pd.DataFrame:
     """Residual-stream alignment table: which tokens meet at which position.
 
-    One row for the prompt and one per prompt of every vector (columns: layer, coefficient, then
-    one column per position), as in the tables of Turner et al. 2023.
+    One row for the prompt and one per prompt of every vector (columns: vector, its name; layer;
+    coefficient; then one column per position), as in the tables of Turner et al. 2023.
 
     Raises:
         ValueError: a vector that was not made from prompts.
     """
     ids = encode(model, prompt)
-    rows: list[list[Any]] = [["0 (prompt)", "+1", *token_texts(model, ids)]]
-    for item in vectors.values():
+    rows: list[list[Any]] = [["", "0 (prompt)", "+1", *token_texts(model, ids)]]
+    for name, item in vectors.items():
         act = Add(item) if isinstance(item, SteeringVector) else item
         if "tokens" not in act.vector.meta:
             raise ValueError(f"{act.vector!r} has no tokens to align: it is not from two prompts.")
         first = span(act.at, act.n_positions, len(ids))[0]
         factor = act.coefficient * act.vector.meta.get("coefficient", 1.0)
         layers = ", ".join(map(str, act.layers))
-        for sign, names in zip((1, -1), act.vector.meta["tokens"], strict=False):
-            cells = token_texts(model, model.tokenizer.convert_tokens_to_ids(names))
-            rows.append([layers, f"{sign * factor:+g}", *[""] * first, *cells])
+        for sign, tokens in zip((1, -1), act.vector.meta["tokens"], strict=False):
+            cells = token_texts(model, model.tokenizer.convert_tokens_to_ids(tokens))
+            said = name if sign > 0 else ""
+            rows.append([said, layers, f"{sign * factor:+.3g}", *[""] * first, *cells])
     width = max(map(len, rows))
-    columns = ["layer", "coefficient", *map(str, range(width - 2))]
+    columns = ["vector", "layer", "coefficient", *map(str, range(width - 3))]
     return pd.DataFrame([r + [""] * (width - len(r)) for r in rows], columns=columns)
 
 
@@ -100,15 +108,13 @@ def alignment(table: pd.DataFrame, width: int = 10) -> HTML:
             as far as vectors reach, and a little further.
     """
     shown = table.map(lambda cell: html.escape(str(cell)).replace(" ", "␣") if cell else "")
-    shown[["layer", "coefficient"]] = table[["layer", "coefficient"]]
-    places = list(shown.columns[2:])
+    about = ["vector", "layer", "coefficient"]
+    shown[about] = table[about].map(lambda cell: html.escape(str(cell)))
+    places = list(shown.columns[3:])
     touched = [i for i, place in enumerate(places) if (shown[place][1:] != "").any()]
     end = max(touched, default=0) + 3
     end = len(places) if len(places) <= max(end, width) else end
-    blocks = [
-        shown[["layer", "coefficient", *places[i : min(i + width, end)]]]
-        for i in range(0, end, width)
-    ]
+    blocks = [shown[[*about, *places[i : min(i + width, end)]]] for i in range(0, end, width)]
     rest = len(places) - end
     note = f"<p>… (tokens of the prompt not shown, left as they are: {rest})</p>" if rest else ""
     return HTML("".join(b.to_html(index=False, escape=False) for b in blocks) + note)
@@ -166,10 +172,11 @@ def judge(
     bound: float,
     beyond: Sequence[float] = (),
     against: Sequence[float] = (),
-    number: bool = False,
+    number: bool | float = False,
     ratio: bool = False,
     note: str = "",
     unit: str | None = None,
+    shown: Sequence[float] | None = None,
     **other: str,
 ) -> dict[str, Any]:
     """One row for `source_vs_here`: what a claim of the sources became here.
@@ -178,10 +185,13 @@ def judge(
         claim: as in ``data/source_claims.csv``, which says which way the effect should go.
         interval: value, low and high, in the unit of ``bound``.
         bound, beyond, against: as for `stats.verdict`.
-        number: compare with the source's number, which is then in the same unit.
+        number: compare with the source's number, which is then in the same unit; or a number that
+            follows from the source's, in the unit of ``interval``.
         ratio: the interval is of log ratios; the table shows their exponentials, and the source's
             number is a ratio.
         unit: of what is shown; by default the source's.
+        shown: value, low and high as the table shows them, where ``interval`` is of another
+            quantity: the perplexity for its negative, 40 degrees for their distance from 60.
         other: holds or direction, where the source's table means another quantity; say so in
             ``note``.
 
@@ -192,20 +202,24 @@ def judge(
     if claim not in said.index:
         raise ValueError(f"There is no claim {claim!r} in source_claims.csv.")
     row = said.loc[claim]
-    if number and row.number == "":
+    if number is True and row.number == "":
         raise ValueError(f"No number stands in source_claims.csv for {claim!r}.")
-    theirs = float(row.number) if number else None
+    theirs = None if number is False else float(row.number if number is True else number)
     known = {"holds": str(row.holds), "direction": str(row.direction), **other}
     if ratio and theirs is not None:
         theirs = float(np.log(theirs))
     value, low, high = map(float, interval)
     limits: dict[str, Any] = {"bound": bound, "beyond": beyond, "against": against}
     found = stats.verdict(value, low, high, number=theirs, **limits | known)
-    if ratio:
+    if shown is not None:
+        value, low, high = map(float, shown)
+    elif ratio:
         value, low, high = (float(np.exp(x)) for x in (value, low, high))
-    shown = {"claim": claim, "model": model, "value": value, "low": low, "high": high}
-    shown |= {"verdict": found, "note": note}
-    return {**shown, "unit": "ratio" if ratio else unit} if ratio or unit else shown
+    out = {"claim": claim, "model": model, "value": value, "low": low, "high": high}
+    out |= {"verdict": found, "note": note}
+    if unit is None and ratio and shown is None:
+        unit = "ratio"
+    return out if unit is None else {**out, "unit": unit}
 
 
 def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
@@ -218,9 +232,9 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
         notebook: whose claims these are, such as ``01_love_hate``.
 
     Returns:
-        A table for the page, of six columns at most. Its ``data`` is the table in words; the
-        numbers, joined to what the sources say, are written to ``<number>_claims.csv`` in the
-        folder of the figures.
+        A table for the page, of six columns at most, above what the verdicts mean and the claims
+        that were not measured. Its ``data`` is the table in words; the numbers, joined to what the
+        sources say, are written to ``<number>_claims.csv`` in the folder of the figures.
 
     Raises:
         ValueError: missing columns, or a claim or verdict that is not known.
@@ -230,11 +244,11 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
         raise ValueError(f"Claims are judged in the columns {needed}; {missing} are missing.")
     said = datasets.load("source_claims")
     number = notebook[:2]
-    its_own = said.claim[said.notebook.astype(str).str.zfill(2).str[:2] == number]
+    its_own = said[said.notebook.astype(str).str.zfill(2).str[:2] == number]
     if unknown := sorted(set(rows.claim) - set(said.claim)):
         raise ValueError(
             f"The claims {unknown} are not in source_claims.csv; of this notebook: "
-            f"{', '.join(its_own)}."
+            f"{', '.join(its_own.claim)}."
         )
     if unknown := sorted(set(rows.verdict) - set(VERDICTS)):
         raise ValueError(f"The verdicts {unknown} are unknown: use {', '.join(VERDICTS)}.")
@@ -245,9 +259,22 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
     with atomic_write(provenance.folder() / f"{number}_claims.csv") as file:
         joined.to_csv(file, index=False)
     page = _page(joined).set_uuid(f"claims_{number}")  # or else a random one in every run
-    if missed := [claim for claim in its_own if claim not in set(rows.claim)]:
-        page = page.set_caption(html.escape(f"Not measured here: {', '.join(missed)}."))
-    return page
+    missed = its_own[~its_own.claim.isin(rows.claim)].statement
+    return page.set_caption(verdict_legend() + _folded("Not measured here", missed))
+
+
+def verdict_legend() -> str:
+    """One line that says what the verdicts mean, as HTML."""
+    marks = (f"{VERDICTS[name][0]} <b>{name}</b>: {MEANS[name]}" for name in VERDICTS)
+    return f"{' · '.join(marks)}."
+
+
+def _folded(title: str, lines: Sequence[str] | pd.Series) -> str:
+    """A list that opens when it is clicked; nothing if it is empty."""
+    if not len(lines):
+        return ""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<details><summary>{title} ({len(lines)})</summary><ul>{items}</ul></details>"
 
 
 def _page(joined: pd.DataFrame) -> Styler:
@@ -277,15 +304,78 @@ def _page(joined: pd.DataFrame) -> Styler:
         .hide(axis="index")
         .set_properties(**{**cells, "max-width": "22em"})
         .map(lambda cell: f"color:{colours[cell]};font-weight:bold", subset=["verdict"])
-        .set_table_styles([{"selector": "th", "props": [("text-align", "left")]}])
+        .set_table_styles(
+            [
+                {"selector": "th", "props": [("text-align", "left")]},
+                {"selector": "caption", "props": [("caption-side", "bottom"), *cells.items()]},
+            ]
+        )
     )
 
 
-def quantity(value: Any, low: Any, high: Any, unit: Any) -> str:
-    """A number with its interval and unit; nothing if there is no number."""
-    numbers = [pd.to_numeric(x, errors="coerce") for x in (value, low, high)]
-    if pd.isna(numbers[0]):
+def quantity(value: Any, low: Any, high: Any, unit: Any = "", sign: bool = False) -> str:
+    """A number with its interval and unit, such as ``1.3 [0.3, 2.2] nats``.
+
+    As many decimals as the width of the interval calls for, at most three; no interval where its
+    ends are one or missing; nothing if there is no number.
+
+    Args:
+        sign: write the plus of a positive value.
+    """
+    numbers = [float(pd.to_numeric(x, errors="coerce")) for x in (value, low, high)]
+    x, a, b = numbers
+    if np.isnan(x):
         return ""
-    said = [f"{x:.3g}" for x in numbers if not pd.isna(x)]
-    interval = f" [{said[1]}, {said[2]}]" if len(said) == 3 else ""
-    return f"{said[0]}{interval} {'' if pd.isna(unit) else unit}".strip()
+    plus = "+" if sign else ""
+    behind = "" if pd.isna(unit) or not unit else f" {unit}"
+    width = b - a
+    if not 0 < width < np.inf:
+        small = 0 < abs(x) < 0.001
+        one = ("< 0.001" if x > 0 else "> -0.001") if small else f"{x:{plus}.3g}"
+        one = f"{x:{plus}.0f}" if abs(x) >= 1000 else one
+        return f"{one}{' [-inf, inf]' if width == np.inf else ''}{behind}"
+    if max(map(abs, numbers)) < 0.0005:
+        return f"within ±0.001{behind}"
+    decimals = int(np.clip(1 - np.floor(np.log10(width)), 0, 3))
+    while decimals and all(np.isclose(y, round(y, decimals - 1), atol=1e-9) for y in numbers):
+        decimals -= 1  # 4 [3, 5], not 4.0 [3.0, 5.0]
+    first, *ends = (round(y, decimals) + 0.0 for y in numbers)  # + 0.0: no negative zero
+    return f"{first:{plus}.{decimals}f} [{', '.join(f'{y:.{decimals}f}' for y in ends)}]{behind}"
+
+
+def effects(
+    table: pd.DataFrame,
+    keys: str | Sequence[str],
+    controls: Mapping[str, str] | None = None,
+    *,
+    value: str = "effect",
+    unit: str = "nats",
+    ratio: bool = False,
+) -> pd.DataFrame:
+    """A table of `stats.effect_table` as a page shows it: an effect and its interval in one column.
+
+    Args:
+        keys: the columns that say what a row is.
+        controls: columns that hold a bound of the controls -> what to call it, such as
+            ``{"random": "largest of 20 random"}``.
+        value: the column of the effect; low and high stand beside it.
+        ratio: effects and bounds are log ratios; shown are ratios.
+
+    Returns:
+        Texts: keys, effect (and its unit), controls, n, p (Holm), as far as they are there.
+    """
+    rows = table.reset_index() if table.index.nlevels > 1 or table.index.name else table
+    shown = rows[[keys] if isinstance(keys, str) else list(keys)].copy()
+    numbers = rows[[value, "low", "high", *(controls or {})]].astype(float)
+    if ratio:
+        numbers = np.exp(numbers)
+    name = "ratio" if ratio else f"{value} ({unit})"
+    ends = zip(numbers[value], numbers.low, numbers.high, strict=True)
+    shown[name] = [quantity(*triple, sign=not ratio) for triple in ends]
+    for column, label in (controls or {}).items():
+        shown[label] = numbers[column].map("{:.2f}".format if ratio else "{:+.2f}".format)
+    if "n" in rows:
+        shown["n"] = rows["n"].to_numpy()
+    if "p_holm" in rows:
+        shown["p (Holm)"] = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in rows.p_holm]
+    return shown

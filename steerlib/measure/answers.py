@@ -1,12 +1,21 @@
-"""What a text says: counted words, and which option a free answer commits itself to."""
+"""What a text says: counted words, which option a free answer commits itself to, and what the
+probabilities of two answers lean to: a label, a meaning, honesty."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from . import stats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FACTORS = ("label", "meaning", "honesty")
+_LEAST = 1e-38  # a probability that float32 can hold
 
 
 def count_words(completions: Iterable[str], words: Iterable[str]) -> np.ndarray:
@@ -24,6 +33,58 @@ def count_words(completions: Iterable[str], words: Iterable[str]) -> np.ndarray:
         raise ValueError("The list of words to count is empty.")
     pattern = re.compile(rf"\b(?:{'|'.join(listed)})\b", re.IGNORECASE)
     return np.array([len(pattern.findall(text)) for text in completions], dtype=int)
+
+
+def leanings(
+    answers: pd.DataFrame, prompts: Sequence[str], labels: pd.DataFrame, options: Sequence[str]
+) -> pd.DataFrame:
+    """What each answer leans to: a label, a meaning, honesty, all in nats of log-odds.
+
+    Args:
+        answers: as `choice_probabilities` returns it for these prompts and options.
+        prompts, labels, options: prefixes, labels and options of a `ContrastPairs`; the label A
+            is the first option.
+
+    Returns:
+        ``answers`` with the columns id, pair, truth and order of its question, and for each prompt
+        and condition label (log p(A) - log p(B)), meaning (the same of "true" against "false";
+        NaN where no option is called so) and honesty (of the honest against the other option).
+        Over questions asked in both orders of their options the mean of one does not depend on
+        the others; for meaning and honesty there must be as many true as false claims besides.
+
+    Raises:
+        ValueError: a prompt that is not among ``prompts``.
+    """
+    asked = labels[labels.honest.astype(bool)].set_axis(list(prompts))
+    if missing := set(answers.prompt) - set(asked.index):
+        raise ValueError(f"The question of {sorted(missing)[0][-60:]!r} is not among the prompts.")
+    asked = asked.loc[answers.prompt].set_axis(answers.index)
+    a, b = (np.log(answers[option].clip(lower=_LEAST)) for option in options)
+    honesty = (a - b) * np.where(asked.label == "A", 1, -1)
+    truth = asked.truth.map({True: 1.0, False: -1.0}).astype(float)
+    known = {"label": a - b, "meaning": honesty * truth, "honesty": honesty}
+    return answers.assign(**{c: asked[c] for c in ("id", "pair", "truth", "order")}, **known)
+
+
+def crossed_effects(leaning: pd.DataFrame, control: str = "unsteered") -> pd.DataFrame:
+    """What each condition does to label, meaning and honesty, against the same prompt unsteered.
+
+    Args:
+        leaning: as `leanings` returns it.
+
+    Returns:
+        One row per prompt, condition (but the control) and factor: ``leaning`` with the columns
+        factor and effect (nats); prompt is the claim's pair, so that `stats.effect_table` and its
+        like resample claims and their twins, and question has the prompt itself.
+    """
+    import pandas as pd
+
+    parts = []
+    for factor in FACTORS:
+        if leaning[factor].notna().any():
+            parts.append(stats.effects(leaning, factor, control).assign(factor=factor))
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(question=found.prompt, prompt=found.pair)
 
 
 _UNABLE = (

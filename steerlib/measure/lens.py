@@ -87,10 +87,10 @@ def logit_lens(
         layers = list(range(model.cfg.n_layers + 1))
         tokens = list(token_texts(model, ids))
         streams = _streams(model, ids, condition)
-    output = None if isinstance(what, SteeringVector) else _unembed(model, streams[-1])
+    output = None if isinstance(what, SteeringVector) else unembed(model, streams[-1])
     rows = []
     for i, layer in enumerate(layers):
-        scores = _unembed(model, streams[i])
+        scores = unembed(model, streams[i])
         best = scores.topk(top, dim=-1)
         for p, token in enumerate(tokens):
             row: dict[str, Any] = {"layer": layer, "position": p, "token": token}
@@ -127,7 +127,7 @@ def _streams(model: TransformerBridge, ids: list[int], condition: Condition) -> 
     return torch.stack([seen[name] for name in names])
 
 
-def _unembed(model: TransformerBridge, stream: torch.Tensor) -> torch.Tensor:
+def unembed(model: TransformerBridge, stream: torch.Tensor) -> torch.Tensor:
     """float32 log-probabilities ``[..., vocabulary]`` read off streams ``[..., d_model]``."""
     from transformer_lens.tools.analysis import logit_readout
 

@@ -377,7 +377,9 @@ def _next_token_logprobs(
 ) -> Iterator[tuple[Row, torch.Tensor]]:
     """(row, float32 log-probabilities ``[vocabulary]``), a prompt's conditions in order."""
     rows = make_rows(model, prompts, acts, 1, Sampling(1), 0)
-    order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition))
+    # A prefix must not part a prompt's rows: the first condition's length sorts them all.
+    length = {r.prompt: len(r.prompt_ids) for r in rows if not r.condition}
+    order = sorted(rows, key=lambda r: (length[r.prompt], r.prompt, r.condition))
     size = max(1, _BYTES_PER_BATCH // (4 * model.cfg.d_vocab))
     fits = decode.rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
     for batch, logits in decode.first_logits(model, order, min(size, fits)):

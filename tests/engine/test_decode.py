@@ -296,3 +296,24 @@ def test_bfloat16_cached_equals_uncached(model: Any) -> None:
     print(f"bfloat16: {same:.0%} of {len(cached)} rows are the same without the cache")
     assert same >= 0.9
     assert (cached.groupby("condition").n_tokens.mean() > 4).all()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prefix_is_generated_from_and_not_shown(tiny: Any, use_cache: bool) -> None:
+    """Completions are those of the longer prompt; without it, those of the prompt alone."""
+    model, _ = tiny("llama")
+    prefix, last = "Love and hate. ", sl.Add(noise(model, 1, seed=4), "generated")
+    run = {"max_new_tokens": 8, "temperature": 0, "progress": False, "use_cache": use_cache}
+    conditions = {"no": last, "yes": [sl.Prefix(prefix), last], "only": sl.Prefix(prefix)}
+    table = sl.generate(model, PROMPTS, conditions, **run)
+    assert sorted(set(table.prompt)) == sorted(PROMPTS)
+    found = table.set_index(["prompt", "condition"]).tokens
+    for prompt in PROMPTS:
+        joined = sl.encode(model, prefix) + sl.encode(model, prompt)[1:]
+        for name, condition in (("yes", last), ("only", None)):
+            rows = decode.make_rows(model, [joined], [condition], 1, Sampling(8, 0.0), 0)
+            decode.run(model, rows, Sampling(8, 0.0))
+            assert found[prompt, name] == rows[0].new
+        alone = sl.generate(model, prompt, {"no": last}, **run)
+        assert found[prompt, "no"] == alone.tokens[0]
+    assert (table.groupby("prompt").completion.nunique() > 1).all()

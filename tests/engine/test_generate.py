@@ -288,6 +288,18 @@ def test_capture_generation_wants_directions(tiny: Any) -> None:
     model, _ = tiny("llama")
     with pytest.raises(ValueError, match="one position"):
         sl.capture_generation(model, PROMPTS, vector(model, 1, k=2))
+    with pytest.raises(ValueError, match="at least one"):
+        sl.capture_generation(model, PROMPTS, [])
+    with pytest.raises(ValueError, match="same layers"):
+        sl.capture_generation(model, PROMPTS, [vector(model, 1), vector(model, 2)])
+
+
+def test_capture_generation_reads_several_directions_in_one_run(tiny: Any) -> None:
+    model, _ = tiny("llama")
+    several = [vector(model, 1, seed=s) for s in range(3)]
+    together = sl.capture_generation(model, PROMPTS, several, 4)
+    alone = torch.stack([sl.capture_generation(model, PROMPTS, v, 4) for v in several], -1)
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
 # ---------------------------------------------------------------- other processes

@@ -78,6 +78,8 @@ def test_nothing_is_computed_twice(tiny: Any, decoded: list[int], tmp_path: Path
         "numbers": sl.Add(vector(model, 1, seed=5), at="generated"),
         "kind": sl.Ablate(add.vector, at="generated"),
         "twice": [add, add],
+        "prefix": [sl.Prefix("Love. "), add],
+        "prefix alone": sl.Prefix("Love. "),
     }
     for name, act in others.items():
         assert run(named={name: act})[1] == n, name

@@ -136,6 +136,38 @@ def test_drawing_keeps_twins_together(plain: Any) -> None:
     assert not labels.equals(contrast_pairs(plain, load("claims"), 60, seed=1).labels)
 
 
+def test_both_orders_cross_label_meaning_and_honesty(plain: Any) -> None:
+    table = load("claims")
+    pairs = contrast_pairs(plain, table, 8, both_orders=True)
+    labels = pairs.labels
+    assert len(pairs) == 16 and labels.id.nunique() == 8 and labels.pair.nunique() == 4
+    cells = labels.groupby(["label", "meaning", "honest"]).size()
+    assert len(cells) == 8 and (cells == 4).all()
+    claim = table.set_index("id")
+    texts = [text for pair in pairs for text in pair]
+    for text, row in zip(texts, labels.itertuples(), strict=True):
+        question, answer = text.rsplit("Answer:", 1)
+        chosen = question.split(f"({answer.strip()[1]}) ")[1].split("\n")[0]  # read off the text
+        assert claim.claim[row.id] in question and chosen == str(row.meaning)
+        assert ((chosen == "True") == (claim.label[row.id] == 1)) == row.honest
+        assert row.order == ("given" if "(A) True" in question else "swapped")
+    assert list(labels.order[:4]) == ["given", "given", "swapped", "swapped"]
+    one = contrast_pairs(plain, table, 8).labels  # the same questions in one order
+    assert labels[labels.order == "given"].reset_index(drop=True).equals(one)
+
+
+def test_both_orders_of_questions_that_are_no_claims(plain: Any) -> None:
+    table = load("dilemmas").head(3)  # their honest answers are A, B, B
+    with pytest.raises(ValueError, match="balanced"):
+        contrast_pairs(plain, table)
+    pairs = contrast_pairs(plain, table, both_orders=True)
+    assert len(pairs) == 6 and pairs.labels.meaning.isna().all()
+    assert sorted(pairs.labels[pairs.labels.honest].label) == ["A"] * 3 + ["B"] * 3
+    asked = questions(table, both_orders=True)
+    assert list(asked.honest) == ["A", "B", "B", "A", "B", "A"]
+    assert "(A) That everything went well\n(B) That I scratched" in asked.text[1]
+
+
 @pytest.mark.parametrize("name", ["claims_eval", "misconceptions", "dilemmas"])
 def test_shipped_tables_are_balanced(plain: Any, name: str) -> None:
     pairs = contrast_pairs(plain, load(name))

@@ -37,6 +37,21 @@ def test_summary_tells_effects_from_controls() -> None:
     assert not demonstrations.summary(frame, 0.25, "shuffled").works.iloc[1]
     two = pd.concat([frame, effects(3, 0.5, model="other")])
     assert demonstrations.summary(two, 0.25).p_holm.iloc[-1] == pytest.approx(2**-9)  # by model
+    assert (table.q05_random < table.q95_random).all()
+
+
+def test_by_chance_puts_each_control_in_the_vectors_place() -> None:
+    """Of 20 random controls one is real: it passes, and one of 20 demonstrations would."""
+    frame = pd.concat([effects(3, 0.5), effects(0, 0.5, "2")])
+    found = demonstrations.by_chance(frame, 0.25).set_index("model").loc["m"]
+    assert found.tried == 40 and found.passed < 4  # the largest of pure noise, now and then
+    rng = np.random.default_rng(1)
+    real = (frame["family"] == "random") & (frame.control == "7") & (frame.demonstration == "1")
+    frame.loc[real, "effect"] = 2 + 0.1 * rng.normal(size=9)
+    more = demonstrations.by_chance(frame, 0.25).set_index("model").loc["m"]
+    alone = demonstrations.by_chance(frame[frame.demonstration == "1"], 0.25).iloc[0]
+    assert alone.tried == 20 and alone.passed == 1 and alone.expected == pytest.approx(1 / 20)
+    assert more.expected == pytest.approx(2 * more.passed / 40)
 
 
 def test_results_put_small_models_first(tmp_path: Path, monkeypatch: Any) -> None:
@@ -64,7 +79,7 @@ def test_no_such_variant() -> None:
 
 def test_every_demonstration_has_its_texts() -> None:
     shipped = datasets.load("demonstrations").astype({"id": str}).set_index("id")
-    assert demonstrations.names() == list(shipped.index)
+    assert demonstrations.names() == [name for name in shipped.index if name != "14"]
     for name in demonstrations.names():
         demo = demonstrations.load(name)
         assert demo.id == name and not set(demo.dev) & set(demo.test)
@@ -157,13 +172,16 @@ def test_effects_are_differences_of_log_odds(tiny: Any, name: str, split: str) -
         np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
-def test_pooled_effects_are_those_of_each(tiny: Any) -> None:
+def test_number_14_borrows_the_prompts_of_9_and_15b(tiny: Any) -> None:
     model, _ = tiny("llama")
+    demo = demonstrations.load("14")
+    parts = [demonstrations.load(name) for name in ("9", "15b")]
+    assert demo.test == parts[0].test + parts[1].test and demo.dev == parts[0].dev + parts[1].dev
     conditions = {"v": noise(model, 2, at="generated")}
     few = {"n_prompts": 1, "n_continuations": 1}
-    pooled = demonstrations.pooled_effects(model, ["1", "5"], conditions, **few)
-    each = [demonstrations.load(n).effects(model, conditions, **few) for n in ("1", "5")]
-    pd.testing.assert_frame_equal(pooled, pd.concat(each, ignore_index=True))
+    each = [part.effects(model, conditions, **few) for part in parts]
+    expected = pd.concat(each, ignore_index=True)
+    pd.testing.assert_frame_equal(demo.effects(model, conditions, **few), expected)
 
 
 def test_prompts_that_are_too_short_are_left_out(tiny: Any) -> None:

@@ -441,7 +441,7 @@ def test_the_packaged_embeddings_know_some_honesty() -> None:
     own = [texts.honest[asked.id], texts.dishonest[asked.id]]
     for side, sign in ((honest, 1), (dishonest, -1)):
         right = np.sign(embedding_score(side, *own, progress=False)) == sign
-        assert len(right) == 30 and right.mean() > 0.7
+        assert len(right) == 40 and right.mean() > 0.7
     # honest beside dishonest answers, by the examples of the other dilemmas: 67 of 90
     others = [
         [texts[side].drop(d).sum() for d in texts.index for _ in range(3)]
@@ -449,7 +449,7 @@ def test_the_packaged_embeddings_know_some_honesty() -> None:
     ]
     score = [embedding_score(texts[side].sum(), *others, progress=False) for side in texts]
     assert texts.columns.tolist() == ["dishonest", "honest"]
-    assert len(score[0]) == 90 and np.mean(score[1] > score[0]) > 0.65
+    assert len(score[0]) == 120 and np.mean(score[1] > score[0]) > 0.65
 
 
 def test_a_local_judge_reads_the_probabilities_of_a_and_b(model: Any, plain_model: Any) -> None:

@@ -256,6 +256,13 @@ def test_heatmap_puts_position_zero_behind_the_line() -> None:
     assert column == pytest.approx(0) and ax.lines[0].get_xdata()[0] == pytest.approx(-0.5)
     assert image.get_clim() == (-2, 2) and bar.get_ylabel() == "cosine"
     assert [t.get_text() for t in ax.get_yticklabels()] == ["4", "8", "12", "16"]
+    faded = np.isclose(values, 0)
+    pale = plots.generation_heatmap(
+        values, [4, 8, 12, 16], faded=faded, counts=[9, 9, 9, 8, 7, 6, 5, 4]
+    )
+    alpha = np.asarray(pale.axes[0].get_images()[0].get_alpha())
+    assert alpha[2, 3] == 1 and (alpha[faded] < 0.5).all()
+    assert [t.get_text() for t in pale.axes[0].get_xticklabels()] == ["-3\n9", "0\n8", "3\n5"]
     same = plots.generation_heatmap(values, [4, 8, 12, 16], limit=5)
     assert same.axes[0].get_images()[0].get_clim() == (-5, 5)
 
@@ -300,6 +307,67 @@ def test_shift_scatter_names_tokens_on_the_right_side(ceiling: float) -> None:
     assert set(map(tuple, places)) <= set(zip(before, after, strict=True))
     sides = [t.get_ha() == "right" for t in ax.texts]
     assert sides == [bool(y > x) for x, y in places]
+
+
+# ---------------------------------------------------------------- how steering works; what holds
+
+
+def schematic(n_tokens: int = 9) -> Figure:
+    change = np.random.default_rng(3).random((30, n_tokens)) / 2
+    names = ["(begin)", *(f" token{i}" for i in range(1, n_tokens))]
+    return plots.schematic(change, names, 3, [1, 2], shift(), vector="+ 2 × (a − b)", title=TITLE)
+
+
+def test_the_schematic_shows_where_the_vector_enters_and_what_follows() -> None:
+    figure = schematic()
+    left, right = figure.axes[:2]
+    (image,) = left.images
+    np.testing.assert_allclose(image.get_array(), np.random.default_rng(3).random((30, 9)) / 2)
+    entry = next(line for line in left.lines if line.get_color() == plots.COLOURS["steered"])
+    assert entry.get_xdata().tolist() == [0.5, 2.5] and entry.get_ydata().tolist() == [2.5, 2.5]
+    (arrow,) = (t for t in left.texts if t.get_text() == "+ 2 × (a − b)")
+    assert arrow.xy == (1.5, 2.5)
+    before, after = right.containers
+    table = shift().assign(top=shift()[["p_before", "p_after"]].max(axis=1))
+    table = table.nlargest(5, "top").sort_values("p_after", ascending=False)
+    np.testing.assert_allclose([bar.get_width() for bar in before], table.p_before)
+    np.testing.assert_allclose([bar.get_width() for bar in after], table.p_after)
+    names = [t.get_text() for t in right.get_yticklabels()]
+    assert names == table.token.str.replace(" ", "␣").tolist()
+
+
+MARKS = {"holds": ("●", "#00664B"), "cannot tell": ("?", "#595959")}
+
+
+def verdicts(n_models: int = 3) -> Figure:
+    models = ["smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b", "a-fourth-model"][:n_models]
+    rows = [
+        (source, group, f"a claim of some length{i}", model, "0.17*", "holds", "~-0.123")
+        for source, group in (("One", "first"), ("One", "second"), ("Two", "third"))
+        for i in (1, 2)
+        for model in models
+    ]
+    columns = "source group label model theirs_short verdict short".split()
+    frame = pd.DataFrame(rows, columns=columns)
+    frame.loc[len(models) - 1, "verdict"] = "cannot tell"
+    frame = frame.drop(index=0)  # not measured in the first model
+    heads = {("first", models[1]): "1 of 2"}
+    return plots.verdicts(frame, MARKS, heads, title=TITLE)
+
+
+@pytest.mark.parametrize("n_models", [3, 4])
+def test_verdicts_have_a_row_a_claim_and_a_mark_a_model(n_models: int) -> None:
+    (ax,) = verdicts(n_models).axes
+    said = [(t.get_text(), t.get_color(), t.get_position()) for t in ax.texts]
+    text = [t for t, _, _ in said]
+    assert text.count("One") == text.count("Two") == text.count("first") == 1
+    assert text.count("1 of 2") == 1 and text.count("0.17*") == 6
+    marks = [t for t in said if t[0] == "●" and t[1] == "#00664B"]
+    assert len(marks) == 6 * n_models - 2 and text.count("? cannot tell") == 1
+    assert [t[1] for t in said if t[0] == "?"] == ["#595959"]
+    assert text.count("~−0.123") == (17 if n_models == 3 else 0)  # no room for numbers of four
+    heights = [t[2][1] for t in said if t[0].startswith("a claim")]
+    assert len(set(heights)) == 6
 
 
 # ---------------------------------------------------------------- what all share
@@ -354,6 +422,8 @@ KINDS = {
         controls={"q95": "random directions"},
     ),
     "tokens": lambda: plots.token_heatmap_figure(changes(), title="Weddings become likelier"),
+    "schematic": schematic,
+    "verdicts": verdicts,
 }  # fmt: skip
 
 
@@ -417,6 +487,8 @@ def test_caption_says_on_what_a_figure_stands() -> None:
     figure = curves()
     plots.caption(figure, model="smollm2-135m", n=48, seed=0)
     assert figure.get_supxlabel() == "smollm2-135m, n = 48, seed = 0"
+    plots.caption(figure, model="m", intervals="over prompts", n=9)
+    assert figure.get_supxlabel() == "m, intervals: 95 % over prompts, n = 9"
 
 
 def test_small_text_is_raised_where_a_figure_fits_a_page() -> None:

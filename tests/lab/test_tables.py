@@ -51,10 +51,11 @@ def test_align_says_which_tokens_meet(tiny: Any) -> None:
     back = sl.Add(2 * v, at="back", coefficient=-1.5)
     bare = sl.SteeringVector.from_prompts(model, "b", layer=[1, 3])
     found = sl.align(model, "I hate you because", {"love": 5 * v, "back": back, "bare": bare})
-    assert list(found.columns) == ["layer", "coefficient", *map(str, range(n))]
+    assert list(found.columns) == ["vector", "layer", "coefficient", *map(str, range(n))]
+    assert found.vector.tolist() == ["", "love", "", "back", "", "bare"]
     assert found.layer.tolist() == ["0 (prompt)", "2", "2", "2", "2", "1, 3"]
     assert found.coefficient.tolist() == ["+1", "+5", "-5", "-3", "+3", "+1"]
-    cells = found.drop(columns=["layer", "coefficient"]).to_numpy().tolist()
+    cells = found.drop(columns=["vector", "layer", "coefficient"]).to_numpy().tolist()
     assert "".join(cells[0][1:]) == "I hate you because" and cells[0][0] == "<s>"
     empty = [""] * (n - 3)
     assert cells[1] == ["<s>", "a", "b", *empty] and cells[2] == ["<s>", "a", " ", *empty]
@@ -66,12 +67,13 @@ def test_align_says_which_tokens_meet(tiny: Any) -> None:
 
 def test_alignment_escapes_and_shows_spaces(tiny: Any) -> None:
     table = pd.DataFrame(
-        [["0 (prompt)", "+1", "a b", "<script>"], ["6", "+5", " Love", ""]],
-        columns=["layer", "coefficient", "0", "1"],
+        [["", "0 (prompt)", "+1", "a b", "<script>"], ["l v", "6", "+5", " Love", ""]],
+        columns=["vector", "layer", "coefficient", "0", "1"],
     )
     shown = tables.alignment(table).data
     assert "<script" not in shown and "&lt;script&gt;" in shown
     assert "a␣b" in shown and "␣Love" in shown and "0 (prompt)" in shown
+    assert "l v" in shown  # a name keeps its spaces
     model, _ = tiny("llama")
     v = sl.SteeringVector.from_prompts(model, " <b>", " ", layer=2)
     real = tables.alignment(sl.align(model, "A <b> & so on", {"v": v}), width=99).data
@@ -83,8 +85,9 @@ def test_long_alignments_go_on_below_and_end_behind_the_vectors() -> None:
 
     def shown(reach: int, **more: int) -> list[list[str]]:
         """The positions of each block."""
-        rows = [["0 (prompt)", "+1", *places], ["6", "+5", *["v"] * reach, *[""] * (30 - reach)]]
-        table = pd.DataFrame(rows, columns=["layer", "coefficient", *places])
+        cells = [*["v"] * reach, *[""] * (30 - reach)]
+        rows = [["", "0 (prompt)", "+1", *places], ["v", "6", "+5", *cells]]
+        table = pd.DataFrame(rows, columns=["vector", "layer", "coefficient", *places])
         page = tables.alignment(table, **more).data
         rest = re.findall(r"left as they are: (\d+)", page)
         blocks = [re.findall(r"<th>(\d+)</th>", block) for block in page.split("</thead>")[:-1]]
@@ -141,7 +144,7 @@ SOURCE = pd.DataFrame(
         ["missed", "2", "Not looked at", "gpt2-xl", "words", None, None, None, "-", ""],
     ],
     columns="claim notebook statement model unit number low high direction note".split(),
-).assign(source="turner2023", section="14", measure="effect", holds=["yes", "no", "partly", "yes"])
+).assign(source="turner2023", section="14", measure="effect", holds=["yes", "yes", "partly", "yes"])
 
 
 @pytest.fixture
@@ -177,13 +180,16 @@ def test_source_vs_here(claims: Path) -> None:
     assert cells(page) == [
         ["claim", "source", "model", "here", "verdict"],
         ["The <b>front</b> works", "yes: 4 [3, 5] nats (gpt2-xl)", "smollm2-135m",
-         "3.14 [2, 4] nats", "● reproduced"],
-        ["", "", "qwen", "1 [0.5, 1.5] nats", "◐ weaker"],
-        ["The back does nothing", "no (gpt2-xl)", "smollm2-135m",
+         "3.1 [2.0, 4.0] nats", "● reproduced"],
+        ["", "", "qwen", "1.0 [0.5, 1.5] nats", "◐ weaker"],
+        ["The back does nothing", "yes (gpt2-xl)", "smollm2-135m",
          "0.1 [-0.2, 0.4] nats", "○ not seen"],
     ]  # fmt: skip
     assert "<b>front" not in page.to_html()
-    assert "Not measured here: missed." in page.to_html()
+    below = page.to_html()[page.to_html().index("<caption") :]
+    assert "Not measured here (1)</summary><ul><li>Not looked at</li></ul>" in below
+    for verdict, (mark, _) in tables.VERDICTS.items():
+        assert f"{mark} <b>{verdict}</b>: {tables.MEANS[verdict]}" in below
     assert sl.tables.source_vs_here(rows, "02_positions").to_html() == page.to_html()
 
 
@@ -246,7 +252,7 @@ def test_judge_takes_what_the_source_says_from_its_table(claims: Path) -> None:
         "reproduced", "reproduced",
     ]  # fmt: skip
     head, *shown = cells(sl.tables.source_vs_here(pd.DataFrame(rows), "02_positions"))
-    assert shown[0][3:] == ["3.1 [2, 4.2] nats", "● reproduced", "a note"]
+    assert shown[0][3:] == ["3.1 [2.0, 4.2] nats", "● reproduced", "a note"]
     assert shown[6][3] == "3 [2, 4] %"
     with pytest.raises(ValueError, match="no claim 'nonsense' in source_claims.csv"):
         tables.judge("nonsense", (1, 0, 2), **to)
@@ -261,10 +267,69 @@ def test_judge_compares_ratios_by_their_logarithms(claims: Path) -> None:
         assert (row["value"], row["low"], row["high"]) == pytest.approx(ratio)
 
 
+def test_judge_shows_the_natural_quantity(claims: Path) -> None:
+    """The sign serves the verdict alone; what the table shows has its own unit, or the source's."""
+    to = {"model": "m", "bound": 0.25}
+    row = tables.judge("missed", (-6, -7, -5), shown=(6, 5, 7), unit="nats a token", **to)
+    assert (row["value"], row["low"], row["high"], row["verdict"]) == (6, 5, 7, "reproduced")
+    assert row["unit"] == "nats a token"
+    for half, verdict in ((2.5, "reproduced"), (9.0, "weaker")):  # of a number worked out from it
+        assert tables.judge("front", (3, 2, 4), number=half, **to)["verdict"] == verdict
+    row = tables.judge("front", np.log((8, 7, 9)), ratio=True, shown=(16, 14, 18), **to)
+    assert row["value"] == 16 and "unit" not in row
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((1.2927, 0.3479, 2.2375), "1.3 [0.3, 2.2]"),
+        ((1.1184, 0.9787, 1.278), "1.12 [0.98, 1.28]"),
+        ((4, 3, 5), "4 [3, 5]"),
+        ((90, 82, 98), "90 [82, 98]"),
+        ((0.01612, 0.00913, 0.02311), "0.016 [0.009, 0.023]"),
+        ((-0.04, -0.43, 0.39), "-0.04 [-0.43, 0.39]"),
+        ((-0.004, -0.4, 0.39), "0.00 [-0.40, 0.39]"),
+        ((-5e-5, -2e-4, 1e-4), "within ±0.001"),
+        ((313.4, 240, 402.1), "313 [240, 402]"),
+        ((0, 0, 0), "0"),
+        ((9.44e-05, 9.44e-05, 9.44e-05), "< 0.001"),
+        ((-5.78e-09, np.nan, np.nan), "> -0.001"),
+        ((2000, None, None), "2000"),
+        ((12345.6, 12345.6, 12345.6), "12346"),
+        ((0.909, "", ""), "0.909"),
+        ((0.3, -np.inf, np.inf), "0.3 [-inf, inf]"),
+        ((None, 1, 2), ""),
+    ],
+)
+def test_numbers_have_the_decimals_that_their_interval_bears(
+    numbers: tuple[Any, Any, Any], said: str
+) -> None:
+    assert tables.quantity(*numbers) == said
+    assert tables.quantity(*numbers, "nats") == (f"{said} nats" if said else "")
+    if numbers[0] == 1.2927:
+        assert tables.quantity(*numbers, sign=True) == f"+{said}"
+
+
+def test_effects_as_a_page_shows_them() -> None:
+    table = pd.DataFrame(
+        {"vector": ["a"], "layer": [6], "effect": [1.2927], "low": [0.3479], "high": [2.2375],
+         "n": [9], "p": [0.001], "p_holm": [0.0004], "random": [0.468]}
+    )  # fmt: skip
+    names = {"random": "largest of 20 random"}
+    (row,) = tables.effects(table, ["vector", "layer"], names).to_dict("records")
+    assert row == {
+        "vector": "a", "layer": 6, "effect (nats)": "+1.3 [0.3, 2.2]",
+        "largest of 20 random": "+0.47", "n": 9, "p (Holm)": "< 0.001",
+    }  # fmt: skip
+    indexed = table.drop(columns=["p_holm", "n"]).set_index("vector")
+    (row,) = tables.effects(indexed, "vector", names, ratio=True).to_dict("records")
+    assert row == {"vector": "a", "ratio": "3.6 [1.4, 9.4]", "largest of 20 random": "1.60"}
+
+
 def test_verdicts_have_a_shape_each_and_are_those_of_stats() -> None:
     from steerlib.measure import stats
 
-    assert tuple(tables.VERDICTS) == stats.VERDICTS
+    assert tuple(tables.VERDICTS) == tuple(tables.MEANS) == stats.VERDICTS
     assert len({shape for shape, _ in tables.VERDICTS.values()}) == len(tables.VERDICTS)
 
 

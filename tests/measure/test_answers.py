@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -131,3 +132,67 @@ def test_count_words_of_no_completions() -> None:
 def test_bad_words_get_a_sentence(completions: Any, words: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sl.count_words(completions, words)
+
+
+# ---------------------------------------------------------------- label, meaning, honesty
+
+OPTIONS = ("(A", "(B")
+
+
+def crossed(push: dict[str, float], twins: int = 5) -> tuple[pd.DataFrame, list[str], pd.DataFrame]:
+    """Answers to twins in both orders: a lean of each claim's own, and a push under "steered" whose
+    parts are known; with the prompts and labels of their questions."""
+    rng, answers, prompts, rows = np.random.default_rng(0), [], [], []
+    for pair in range(twins):
+        for truth in (True, False):
+            for order in ("given", "swapped"):
+                prompt, given = f"{pair} {truth} {order}", order == "given"
+                prompts.append(prompt)
+                for honest in (True, False):
+                    meaning = truth == honest
+                    row = {"id": f"{pair}{truth}", "pair": pair, "truth": truth, "order": order}
+                    label = "A" if meaning == given else "B"
+                    rows.append({**row, "label": label, "meaning": meaning, "honest": honest})
+                signs = {"label": 1, "meaning": 1 if given else -1}
+                signs["honesty"] = signs["meaning"] * (1 if truth else -1)
+                own = rng.normal()
+                for condition, size in (("unsteered", 0), ("steered", 1)):
+                    odds = own + size * sum(push[f] * signs[f] for f in push)
+                    p = 1 / (1 + np.exp(-odds))
+                    answers.append((prompt, condition, 0.5 * p, 0.5 * (1 - p)))
+    frame = pd.DataFrame(answers, columns=["prompt", "condition", *OPTIONS])
+    return frame, prompts, pd.DataFrame(rows)
+
+
+def test_label_meaning_and_honesty_are_told_apart() -> None:
+    push = {"label": 1.5, "meaning": -2.0, "honesty": 0.25}
+    answers, prompts, labels = crossed(push)
+    leaning = sl.leanings(answers, prompts, labels, OPTIONS)
+    effects = sl.crossed_effects(leaning)
+    assert set(effects.prompt) == set(range(5)) and len(effects) == 3 * len(prompts)
+    found = sl.stats.effect_table(effects, "factor").set_index("factor").effect
+    for factor, size in push.items():
+        assert found[factor] == pytest.approx(size), factor
+    one = leaning[leaning.prompt == "0 False swapped"].iloc[0]  # here A says "false", honestly
+    assert one.label == pytest.approx(np.log(one["(A"] / one["(B"]))
+    assert one.meaning == pytest.approx(-one.label) and one.honesty == pytest.approx(one.label)
+    # in one order alone a push of the label looks like one of the meaning
+    given = effects[effects.question.str.endswith("given")]
+    one_order = sl.stats.effect_table(given, "factor").set_index("factor").effect
+    assert one_order["meaning"] == pytest.approx(push["label"] + push["meaning"])
+
+
+def test_questions_that_are_no_claims_have_no_meaning() -> None:
+    answers, prompts, labels = crossed({"label": 1.0})
+    labels = labels.assign(truth=None, meaning=None)
+    leaning = sl.leanings(answers, prompts, labels, OPTIONS)
+    assert leaning.meaning.isna().all() and leaning.honesty.notna().all()
+    assert set(sl.crossed_effects(leaning).factor) == {"label", "honesty"}
+
+
+def test_a_probability_of_zero_and_an_unknown_prompt() -> None:
+    answers, prompts, labels = crossed({"label": 1.0})
+    answers.loc[0, "(B"] = 0.0
+    assert np.isfinite(sl.leanings(answers, prompts, labels, OPTIONS).label).all()
+    with pytest.raises(ValueError, match="not among the prompts"):
+        sl.leanings(answers.replace("0 True given", "?"), prompts, labels, OPTIONS)

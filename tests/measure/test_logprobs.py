@@ -426,3 +426,63 @@ def test_kl_by_prompt_does_not_depend_on_the_batch(
 def test_bad_input_gets_a_sentence(tiny: Any, call: Callable[[Any], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(tiny("llama")[0])
+
+
+# ---------------------------------------------------------------- prompting, as a condition
+
+BEFORE = "She asked why: "
+
+
+def prefixed(model: Any, layer: int = 1) -> dict[str, tuple[str, Any]]:
+    """name -> (text in front, condition): places count in the prefixed prompt."""
+    last = sl.Add(noise(model, layer, seed=1), "generated")
+    return {
+        "unsteered": ("", None),
+        "prefix": (BEFORE, None),
+        "vector": ("", last),
+        "both": (BEFORE, last),
+        "front": (BEFORE, noise(model, layer, 2)),
+        "other": ("Love, ", last),
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_prefix_stands_between_bos_and_prompt(tiny: Any, architecture: str, bos: bool) -> None:
+    """Vector, prefix and both in one sweep equal plain passes over the whole token ids."""
+    model, plain = tiny(architecture, bos)
+    cases = prefixed(model)
+    conditions = {
+        name: [sl.Prefix(text), condition] if text and condition is not None
+        else sl.Prefix(text) if text else condition
+        for name, (text, condition) in cases.items()
+    }  # fmt: skip
+    table = sl.propensity(model, PROMPTS, TARGETS, REFERENCES, conditions)
+    kl = sl.kl_by_prompt(model, PROMPTS, conditions).set_index(["prompt", "condition"]).kl
+    for row in table.itertuples():
+        text, condition = cases[row.condition]
+        cut = model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ids = sl.encode(model, row.prompt)
+        whole = [*ids[:bos], *cut, *ids[bos:]]
+        sides = [
+            [logprob(model, plain, whole, t, condition) for t in side]
+            for side in (TARGETS, REFERENCES)
+        ]
+        found = [math.log(sum(map(math.exp, s)) / len(s)) for s in sides]
+        assert row.propensity == pytest.approx(found[0] - found[1], abs=1e-3)
+        edits = [e for a in as_interventions(condition, model) for e in by_hand(a, len(whole), 99)]
+        after, before = (
+            reference_logits(plain, i, e)[-1].double().log_softmax(-1)
+            for i, e in ((whole, edits), (ids, []))
+        )
+        expected = float((after.exp() * (after - before)).sum())
+        assert kl[row.prompt, row.condition] == pytest.approx(expected, abs=1e-3)
+    assert table.groupby("prompt").propensity.nunique().min() == len(conditions)
+
+
+def test_a_prefix_is_refused_where_prompts_stay_as_they_are(tiny: Any) -> None:
+    model, _ = tiny("llama")
+    with pytest.raises(ValueError, match="A Prefix changes the prompt"):
+        sl.steered_logits(model, PROMPTS[0], sl.Prefix(BEFORE))
+    with pytest.raises(ValueError, match="A Prefix changes the prompt"):
+        sl.perplexity(model, LONG, {"prefix": [sl.Prefix(BEFORE)]})

@@ -77,9 +77,9 @@ class ExplorerPanel(Panel):
             self._fitted[layer] = unit_directions(here[self._train], self._methods)
         directions, held_out = self._fitted[layer], here[self._test]
         frame = probes.projections(held_out, self._labels, directions)
-        said = []
+        said, twins = [], self._labels.pair[::2].to_numpy()
         for name in dict.fromkeys([x, y]):
-            share, low, high = probes.pair_accuracy(held_out, directions[name])
+            share, low, high = probes.pair_accuracy(held_out, directions[name], twins)
             said.append(f"{name} {share:.2f} ({low:.2f} to {high:.2f})")
         head = f"Layer {layer}, {len(held_out)} held-out pairs. The honest answer is higher:"
         with plt.rc_context({**plots.STYLE, "figure.constrained_layout.use": False}):

@@ -182,6 +182,10 @@ class SteeringPanel(VectorPanel):
         title = f"{name or vector.meta.get('name', 'vector')}, {span}"
         how = "ablated" if kind == "ablate" else f"coefficient {coefficient:+g}"
         title += f", {how}" if kind in KINDS else f", {kind}, {how}"
+        if part < 1:
+            title += f", {self.which.value} {100 * part:g} % of its dimensions"
+        if self._place:
+            title += f", at position {self.position.value}" if numbered else f", at: {at}"
         return act, title, [*lines, f'conditions = {{"unsteered": None, "steered": {act.code()}}}']
 
     def _run(self) -> Iterator[None]:

@@ -135,6 +135,7 @@ def test_a_panel_with_a_place_acts_there(model: Any, at: str | int) -> None:
     frame = sl.generate(model, PROMPT, {"s": sl.Add(vector, place, 4)}, 2, 5, progress=False)
     assert all(html.escape(text) in p.output.value for text in frame.completion)
     assert p.position.disabled == isinstance(at, str)
+    assert f", at: {at}" in p.output.value or f", at position {at}" in p.output.value
     p.at.value = "middle"
     assert p.position.disabled and p.output.value == panel(model, at="middle").output.value
     p.at.value, p.position.value = "position", 2
@@ -146,7 +147,9 @@ def test_a_panel_with_a_fraction_keeps_that_part(model: Any) -> None:
     part = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=2).truncate(0.5)
     frame = sl.generate(model, PROMPT, {"s": 4 * part}, 2, 5, progress=False)
     assert all(html.escape(text) in p.output.value for text in frame.completion)
+    assert "first 50 % of its dimensions" in p.output.value
     p.which.value = "last"
+    assert "last 50 % of its dimensions" in p.output.value
     last = panel(model, fraction=0.5)
     last.which.value = "last"
     assert p.output.value == last.output.value
