@@ -1,8 +1,8 @@
 """Activation steering of language models on TransformerLens hook points.
 
 The core says what steering is: `tokens`, `activations`, `directions`, `vectors`, `interventions`,
-`hooks`. Behind it stand four rooms: `models` (a name in, a bridge out), `engine` (many rows at
-once), `measure` (numbers), `lab` (what notebooks need).
+`operators`, `hooks`. Behind it stand four rooms: `models` (a name in, a bridge out), `engine` (many
+rows at once), `measure` (numbers), `lab` (what notebooks need).
 
 The names below are the whole public interface. They are imported on first use, so that
 ``import steerlib`` stays quick although torch and TransformerLens are not.
@@ -27,7 +27,11 @@ _HOME = {
     "Control": "vectors",
     "Intervention": "interventions",
     "Add": "interventions",
-    "Ablate": "interventions",
+    "Ablate": "operators",
+    "Affine": "operators",
+    "Clamp": "operators",
+    "Rotate": "operators",
+    "When": "operators",
     "steer": "hooks",
     "hooks": "hooks",
     "steered_logits": "hooks",

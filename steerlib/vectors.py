@@ -196,6 +196,37 @@ class SteeringVector:
         return cls(vectors, site, "generated", meta)
 
     @classmethod
+    def from_mean(
+        cls,
+        model: TransformerBridge,
+        prompts: Sequence[str],
+        *,
+        layers: int | Iterable[int] | None = None,
+        position: int = -1,
+        site: str = "resid_post",
+    ) -> SteeringVector:
+        """The mean stream of some prompts: a point, for ``Ablate(to="mean")`` and `Affine`.
+
+        Args:
+            position: the token at which to read; negative counts from each prompt's end.
+
+        Returns:
+            One position per layer, in the stream's own units.
+
+        Raises:
+            ValueError: no prompts, unknown layer, a position that a prompt lacks.
+        """
+        wanted = check_layers(model, layers)
+        acts = capture(model, prompts, wanted, position, site).double().mean(0).float()
+        meta = {
+            "name": f"mean of {len(prompts)} prompts",
+            "model": model.cfg.model_name,
+            "method": "from_mean",
+            "position": position,
+        }
+        return cls(dict(zip(wanted, acts[:, None], strict=True)), site, "generated", meta)
+
+    @classmethod
     def random_like(cls, vector: SteeringVector, seed: int = 0) -> SteeringVector:
         """Gaussian noise with the norm of ``vector`` at every layer and position.
 
@@ -261,6 +292,13 @@ class SteeringVector:
         """The vector with ``function`` applied to each layer's tensor."""
         layers = {layer: function(t) for layer, t in self.layers.items()}
         return replace(self, layers=layers, meta={**self.meta, **meta})
+
+    def only(self, layers: int | Iterable[int]) -> SteeringVector:
+        """The same vector at some of its layers only. Raises ``KeyError`` for others."""
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        if missing := set(wanted) - set(self.layers):
+            raise KeyError(f"{self!r} has no layer {min(missing)}.")
+        return replace(self, layers={layer: self.layers[layer] for layer in wanted})
 
     def __mul__(self, coefficient: float) -> SteeringVector:
         if not math.isfinite(coefficient):
