@@ -249,7 +249,7 @@ class When(Intervention):
         direction: one position, at one layer, which lies before all layers that ``condition`` acts
             at (or is the same site).
         threshold: in units of the stream; choose it on dev prompts
-            (`measure.probes.choose_threshold`).
+            (`measure.gates.choose_threshold`).
         position: of the prompt, at which to read; negative counts from its end.
 
     Raises:

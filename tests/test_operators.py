@@ -164,12 +164,13 @@ def by_hand(act: Any, n: int, total: int) -> list[Any]:
     edits = []
     for layer, tensor in act.vectors[0].layers.items():
 
-        def edit(stream: torch.Tensor, layer: int = layer, r: Any = tensor[0]) -> torch.Tensor:
-            stream, v = stream.clone(), r / r.norm()
-            for p in positions(at, 1, n, total):
+        def edit(stream: torch.Tensor, layer: int = layer, rows: Any = tensor) -> torch.Tensor:
+            stream = stream.clone()
+            for i, p in enumerate(positions(at, len(rows), n, total)):
                 if p >= len(stream):
                     continue
-                h = stream[p]
+                h, r = stream[p], rows[i if len(rows) > 1 else 0]
+                v = r / r.norm()
                 if isinstance(act, sl.Add):
                     h = h + act.coefficient * r
                 elif isinstance(act, sl.Clamp):
