@@ -18,6 +18,7 @@ __version__ = "0.2.0"
 _HOME = {
     "load_model": "models.loading",
     "list_models": "models.loading",
+    "vllm_specs": "models.vllm",
     "encode": "tokens",
     "capture": "activations",
     "capture_pairs": "activations",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +14,12 @@ import torch
 
 from .activations import capture, capture_groups, check_layers, check_site
 from .directions import fit_direction, parse_method
-from .files import atomic_write
+from .formats import gguf, tensors
 from .tokens import common_prefix, continuation_ids, encode, single_token
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_FORMAT = "steerlib.vector.1"
 PLACES = ("front", "middle", "back", "prompt", "generated", "all")
 
 
@@ -391,32 +389,13 @@ class SteeringVector:
 
     # ---------------------------------------------------------------- files
 
-    def _says(self, operator: str) -> dict[str, str]:
-        """What a file says of the vector besides its numbers."""
-        lengths = torch.stack(list(self.norm().values()))
-        return {
-            "format": _FORMAT,
-            "site": self.site,
-            "at": self.at,
-            "layers": json.dumps(sorted(self.layers)),
-            "model": str(self.meta.get("model") or "unknown"),
-            "normalisation": "unit" if ((lengths - 1).abs() < 1e-4).all() else "none",
-            "operator": operator,
-            "meta": json.dumps(dict(self.meta)),
-        }
-
     def save(self, path: str | os.PathLike[str], operator: str = "Add") -> None:
         """Write safetensors; the file appears whole or not at all.
 
-        Inside it says its model, site, layers, place, normalisation (``unit``, or ``none``: the
-        length is the vector's own), the ``operator`` it is meant for, and where it came from.
+        It says model, site, layers, place, normalisation (``unit``, or ``none``: the lengths are
+        the vector's own), the ``operator`` it is meant for, and where it came from.
         """
-        from safetensors.torch import save_file
-
-        # Cloned, since safetensors refuses a tensor that stands at several layers.
-        tensors = {f"layer.{layer}": t.clone().contiguous() for layer, t in self.layers.items()}
-        with atomic_write(Path(path)) as temporary:
-            save_file(tensors, temporary, self._says(operator))
+        tensors.write(path, self.layers, self._says(operator))
 
     @classmethod
     def load(
@@ -429,46 +408,95 @@ class SteeringVector:
     ) -> SteeringVector:
         """Read a file written by `save`, or plain safetensors of others. Nothing is unpickled.
 
-        Plain files have a tensor ``[d_model]`` or ``[n_positions, d_model]`` for each layer, named
-        by its number, with or without a word in front (``14``, ``layer.14``). A vector of
-        steering-vectors becomes one, which says its site, by::
-
-            save_file({str(l): t for l, t in v.layer_activations.items()}, path,
-                      {"layer_type": v.layer_type})
+        Plain files have a tensor per layer, named by its number (see `formats.tensors`). A vector
+        of steering-vectors becomes one, which says its site, by ``save_file({str(l): t for l, t in
+        v.layer_activations.items()}, path, {"layer_type": v.layer_type})``.
 
         Args:
-            site: needed for files that do not say it.
-            site, operator, model: what the file has to fit, where it says so.
+            site: where in a block it acts; needed for files that do not say it.
+            site, operator, model: what the file has to fit, as far as it says.
 
         Raises:
             ValueError: the file is missing, damaged, or not a steering vector; it does not say its
-                site, or says another site, operator, model, layers or d_model than wanted.
+                site; it says another site, operator, model, layers or d_model.
         """
-        from safetensors import SafetensorError, safe_open
+        layers, says = tensors.read(path)
+        return cls._from_file(path, layers, says, site, operator, model)
 
-        try:
-            with safe_open(path, "pt") as file:
-                says = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            ours = says.get("format", "").startswith("steerlib.")
-            if ours and says["format"] != _FORMAT:
-                raise ValueError(f"its format is {says['format']!r}, not {_FORMAT!r}")
-            if not ours and (kind := says.get("layer_type", "decoder_block")) != "decoder_block":
-                raise ValueError(f"it acts inside the block, at {kind!r}, not on the stream")
-            if "layer_type" in says:  # a block of steering-vectors is hooked where it ends
-                says = {**says, "site": "resid_post"}
-            layers = {}
-            for name, tensor in tensors.items():
-                found = re.fullmatch(r"(layer\.)(\d+)" if ours else r"([a-zA-Z_]+[._])?(\d+)", name)
-                if not found or int(found[2]) in layers:
-                    raise ValueError(f"its tensor {name!r} is not named by a layer of its own")
-                layers[int(found[2])] = tensor if ours else torch.atleast_2d(tensor)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a steering vector file: {error}.") from error
-        return cls._made_of(path, layers, says, site, operator, model)
+    def to_gguf(self, path: str | os.PathLike[str], model_hint: str | None = None) -> None:
+        """Write a llama.cpp control vector (``--control-vector``); repeng reads it too.
+
+        llama.cpp adds ``direction.l`` to the stream that leaves block l, l >= 1; a ``resid_pre``
+        vector at layer l is therefore written as ``direction.(l-1)``. What `save` says stands there
+        as well.
+
+        Raises:
+            ValueError: the vector has several positions, or would act before block 1 ends.
+        """
+        if self.n_positions != 1:
+            raise ValueError(
+                f"A control vector has one position, this vector has {self.n_positions}: "
+                "llama.cpp adds the same vector at every position."
+            )
+        shift = 1 if self.site == "resid_pre" else 0
+        if min(self.layers) - shift < 1:
+            raise ValueError(
+                "llama.cpp's control vectors begin after block 1: drop the layers "
+                f"{[layer for layer in sorted(self.layers) if layer - shift < 1]} of {self.site}."
+            )
+        directions = {layer - shift: t[0] for layer, t in self.layers.items()}
+        hint = str(model_hint or self.meta.get("model") or "unknown")
+        gguf.write(path, directions, hint, self._says("Add"))
 
     @classmethod
-    def _made_of(
+    def from_gguf(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        site: str | None = None,
+        model: TransformerBridge | None = None,
+    ) -> SteeringVector:
+        """Read a control vector of llama.cpp, of repeng, or written by `to_gguf`.
+
+        Args:
+            site: in which terms to take it; it acts behind the block that the file names, either
+                way. ``resid_post``: ``direction.l`` is layer l; ``resid_pre``: it is layer l + 1.
+                Needed for files of others, which cannot say what hook point they were made at.
+            model: the model that it has to fit.
+
+        Returns:
+            A direction per layer, as long and with the sign as in the file, acting at ``all``
+            positions, as in llama.cpp (from `to_gguf`: where it acted before).
+
+        Raises:
+            ValueError: the file is missing, damaged or no control vector; layers are missing; it
+                does not say its site, or says another; it does not fit ``model``.
+        """
+        directions, says = gguf.read(path)
+        shift = 1 if (site or says.get("site")) == "resid_pre" else 0
+        layers = {block + shift: t for block, t in directions.items()}
+        hint = says.pop("hint")
+        if "meta" not in says:
+            says["meta"] = json.dumps(
+                {"name": Path(path).stem, "method": "from_gguf", "hint": hint}
+            )
+        return cls._from_file(path, layers, says, site, None, model)
+
+    def _says(self, operator: str) -> dict[str, str]:
+        """What a file says of the vector besides its numbers."""
+        lengths = torch.stack(list(self.norm().values()))
+        return {
+            "site": self.site,
+            "at": self.at,
+            "layers": json.dumps(sorted(self.layers)),
+            "model": str(self.meta.get("model") or "unknown"),
+            "normalisation": "unit" if ((lengths - 1).abs() < 1e-4).all() else "none",
+            "operator": operator,
+            "meta": json.dumps(dict(self.meta)),
+        }
+
+    @classmethod
+    def _from_file(
         cls,
         path: str | os.PathLike[str],
         layers: Mapping[int, torch.Tensor],
@@ -477,7 +505,7 @@ class SteeringVector:
         operator: str | None,
         model: TransformerBridge | None,
     ) -> SteeringVector:
-        """The vector of a file, if file and what is wanted of it do not contradict each other."""
+        """The vector of a file, if it holds what it says, and says nothing but what is wanted."""
         for name, wanted in (("site", site), ("operator", operator)):
             if wanted is not None and says.get(name, wanted) != wanted:
                 raise ValueError(f"{path} is for {name} {says[name]!r}, not {wanted!r}.")
@@ -490,118 +518,25 @@ class SteeringVector:
             meta = json.loads(says.get("meta", "{}"))
             if not isinstance(meta, dict):
                 raise ValueError("its metadata make no sense")
-            many = len(next(iter(layers.values()), [])) > 1
-            at = says.get("at", "front" if many else "all")
+            several = any(len(t) > 1 for t in layers.values())
+            at = says.get("at", "front" if several else "all")
             vector = cls({layer: t.float() for layer, t in layers.items()}, site, at, meta)
-            held = vector._says("")
-            for name in {"layers", "normalisation"} & set(says):
-                if says[name] != held[name]:
-                    raise ValueError(f"it says {name} {says[name]}, but holds {held[name]}")
+            for name, held in vector._says("").items():
+                if name in ("layers", "normalisation") and says.get(name, held) != held:
+                    raise ValueError(f"it says {name} {says[name]}, but holds {held}")
         except ValueError as error:
             raise ValueError(f"{path} is not a steering vector file: {error}.") from error
         if model is not None:
-            cfg, made_with = model.cfg, meta.get("model")
-            if vector.d_model != cfg.d_model:
-                wrong = f"its d_model is {vector.d_model}, not {cfg.d_model}"
-            elif max(vector.layers) >= cfg.n_layers:
-                wrong = f"it has a layer {max(vector.layers)}, the model {cfg.n_layers} layers"
-            elif made_with not in (None, cfg.model_name):
-                wrong = f"it was made with {made_with}"
-            else:
-                return vector
-            raise ValueError(f"{path} does not fit {cfg.model_name}: {wrong}.")
+            name, known = model.cfg.model_name, meta.get("model")
+            said = f"made with {known}, " if known else ""
+            fits = max(vector.layers) < model.cfg.n_layers and vector.d_model == model.cfg.d_model
+            if not fits or known not in (None, name):
+                raise ValueError(
+                    f"{path} does not fit {name} ({model.cfg.n_layers} layers, d_model "
+                    f"{model.cfg.d_model}): it is {said}layers {sorted(vector.layers)}, d_model "
+                    f"{vector.d_model}."
+                )
         return vector
-
-    def to_gguf(self, path: str | os.PathLike[str], model_hint: str | None = None) -> None:
-        """Write a llama.cpp control vector (``--control-vector``); repeng reads it too.
-
-        llama.cpp adds ``direction.l`` to the stream that leaves block l, l >= 1; a ``resid_pre``
-        vector at layer l is therefore written as ``direction.(l-1)``. What `save` says stands there
-        as well, which others skip and `from_gguf` reads.
-
-        Raises:
-            ValueError: the vector has several positions, or would act before block 1 ends.
-        """
-        from gguf import GGUFWriter
-
-        if self.n_positions != 1:
-            raise ValueError(
-                f"A control vector has one position, this vector has {self.n_positions}: "
-                "llama.cpp adds the same vector at every position."
-            )
-        shift = 1 if self.site == "resid_pre" else 0
-        if min(self.layers) - shift < 1:
-            raise ValueError(
-                "llama.cpp's control vectors begin after block 1: drop the layers "
-                f"{[layer for layer in sorted(self.layers) if layer - shift < 1]} of {self.site}."
-            )
-        with atomic_write(Path(path)) as temporary:
-            writer = GGUFWriter(temporary, "controlvector")
-            hint = model_hint or self.meta.get("model") or "unknown"  # repeng refuses an empty one
-            writer.add_string("controlvector.model_hint", str(hint))
-            writer.add_uint32("controlvector.layer_count", len(self.layers))
-            for name, value in self._says("Add").items():
-                writer.add_string(f"steerlib.{name}", value)
-            for layer in sorted(self.layers):
-                writer.add_tensor(f"direction.{layer - shift}", self.layers[layer][0].numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-
-    @classmethod
-    def from_gguf(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        site: str | None = None,
-        model: TransformerBridge | None = None,
-    ) -> SteeringVector:
-        """Read a control vector of llama.cpp, repeng or `to_gguf`.
-
-        Args:
-            site: in which terms to take it; the place is the same, behind the block that the file
-                names. ``resid_post``: ``direction.l`` is layer l; ``resid_pre``: it is layer l + 1.
-                Needed for files of others, which say nothing about their hook point.
-            model: the model that it has to fit.
-
-        Returns:
-            A direction per layer, acting at ``all`` positions, as llama.cpp has it (a file of ours:
-            where it acted before), with the sign that the file has.
-
-        Raises:
-            ValueError: the file is missing, damaged or no control vector; a layer that it should
-                hold is missing; it does not say its site, or says another; it does not fit
-                ``model``.
-        """
-        import numpy as np
-        from gguf import GGUFReader
-
-        try:
-            reader = GGUFReader(path)
-            fields = {name: field.contents() for name, field in reader.fields.items()}
-            if (kind := fields.get("general.architecture")) != "controlvector":
-                raise ValueError(f"its architecture is {kind!r}")
-            tensors = {t.name: np.array(t.data) for t in reader.tensors}
-            if odd := [n for n, t in tensors.items() if not re.fullmatch(r"direction\.\d+", n)]:
-                raise ValueError(f"its tensor {odd[0]!r} is no direction of a layer")
-            if odd := [n for n, t in tensors.items() if t.dtype.kind != "f"]:
-                raise ValueError(f"its tensor {odd[0]!r} is quantised")
-            if (count := fields.get("controlvector.layer_count", len(tensors))) != len(tensors):
-                raise ValueError(f"layers are missing: {count} are said, {len(tensors)} are there")
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"{path} is not a control vector file: {error}.") from error
-        start = "steerlib."
-        says = {n.removeprefix(start): v for n, v in fields.items() if n.startswith(start)}
-        shift = 1 if (site or says.get("site")) == "resid_pre" else 0
-        layers = {
-            int(name.partition(".")[2]) + shift: torch.from_numpy(np.atleast_2d(t))
-            for name, t in tensors.items()
-        }
-        if "meta" not in says:
-            meta = {"name": Path(path).stem, "method": "from_gguf"}
-            says["meta"] = json.dumps({**meta, "hint": fields.get("controlvector.model_hint")})
-        return cls._made_of(path, layers, says, site, None, model)
 
 
 class Control(NamedTuple):
