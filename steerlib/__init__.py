@@ -1,8 +1,8 @@
 """Activation steering of language models on TransformerLens hook points.
 
 The core says what steering is: `tokens`, `activations`, `directions`, `vectors`, `interventions`,
-`hooks`. Behind it stand four rooms: `models` (a name in, a bridge out), `engine` (many rows at
-once), `measure` (numbers), `lab` (what notebooks need).
+`operators`, `hooks`. Behind it stand four rooms: `models` (a name in, a bridge out), `engine` (many
+rows at once), `measure` (numbers), `lab` (what notebooks need).
 
 The names below are the whole public interface. They are imported on first use, so that
 ``import steerlib`` stays quick although torch and TransformerLens are not.
@@ -18,6 +18,7 @@ __version__ = "0.2.0"
 _HOME = {
     "load_model": "models.loading",
     "list_models": "models.loading",
+    "vllm_specs": "models.vllm",
     "encode": "tokens",
     "Prefix": "tokens",
     "capture": "activations",
@@ -28,7 +29,11 @@ _HOME = {
     "Control": "vectors",
     "Intervention": "interventions",
     "Add": "interventions",
-    "Ablate": "interventions",
+    "Ablate": "operators",
+    "Affine": "operators",
+    "Clamp": "operators",
+    "Rotate": "operators",
+    "When": "operators",
     "steer": "hooks",
     "hooks": "hooks",
     "steered_logits": "hooks",
@@ -49,6 +54,9 @@ _HOME = {
     "crossed_effects": "measure.answers",
     "parse_choice": "measure.answers",
     "layer_accuracy": "measure.probes",
+    "gate_projections": "measure.gates",
+    "choose_threshold": "measure.gates",
+    "gate_rates": "measure.gates",
     "mean_interval": "measure.stats",
     "proportion_interval": "measure.stats",
     "contrast_pairs": "lab.datasets",

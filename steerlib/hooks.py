@@ -17,11 +17,12 @@ import torch
 
 from .interventions import (
     Condition,
+    Gate,
     Intervention,
     as_interventions,
     counts_from_end,
     covered,
-    span,
+    first_position,
 )
 from .tokens import Prompt, input_device, pad_id, pad_left, prompt_ids
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Hook = tuple[str, Callable[..., Any]]
+Prompts = tuple[list[int], list[dict[int, bool]]]  # length of each; what it lets act (BatchHooks)
 
 
 class BatchHooks:
@@ -38,6 +40,8 @@ class BatchHooks:
         model: the bridge that will run.
         rows: one list of interventions per row.
         n_prompt: number of prompt tokens of each row, BOS included.
+        gates: for each row what is known of its conditional interventions: id -> whether the
+            prompt passed. Give those of an earlier pass to go on from its key-value cache.
 
     A forward pass sees a window of each sequence: call `window` before it, so that the hooks know
     which positions its columns hold. Interventions at the same site act in the order given.
@@ -46,7 +50,8 @@ class BatchHooks:
     intervention of every row stands in slot 0, its second in slot 1, and so on. Rows with the same
     kind of intervention in the same slot form a *part*, which is one call of the kind's ``apply``.
     A part has a table of operands: every different intervention's rows, one below the other.
-    What it touches in a pass is a list of (row, column, table row).
+    What it touches in a pass is a list of (row, column, table row). An intervention that waits for
+    its prompt to pass has a slot more, in which that is read; it stays known in later passes.
     """
 
     def __init__(
@@ -54,8 +59,10 @@ class BatchHooks:
         model: TransformerBridge,
         rows: Sequence[Sequence[Intervention]],
         n_prompt: Sequence[int],
+        gates: Sequence[dict[int, bool]] | None = None,
     ):
         self.model = model
+        self.gates = list(gates or ({} for _ in rows))
         self.touched: set[int] = set()  # id of every intervention that has touched something
         self.n_prompt = list(n_prompt)
         self._start, self._stop = list(n_prompt), list(n_prompt)
@@ -69,14 +76,17 @@ class BatchHooks:
         for r, acts in enumerate(rows):
             slots: dict[str, int] = {}
             for act in acts:
-                span(act.at, act.n_positions, self.n_prompt[r])  # says at once if it does not fit
-                for layer in act.layers:
-                    name = f"blocks.{layer}.hook_{act.site}"
-                    slots[name] = slots.get(name, -1) + 1
-                    known = (name, slots[name], id(act))
+                first_position([act], self.n_prompt[r])  # says at once if it does not fit
+                if act.gate:
+                    slot = slots[act.gate.point] = slots.get(act.gate.point, -1) + 1
+                    reads = self._parts.setdefault(act.gate.point, {})
+                    reads.setdefault((slot, Gate), []).append((r, act, 0))
+                for layer, name in zip(act.layers, act.points, strict=True):
+                    slot = slots[name] = slots.get(name, -1) + 1
+                    known = (name, slot, id(act))
                     if known not in placed:  # rows of one condition share its operands
                         operands = act.operands(layer)
-                        part = (slots[name], type(act), tuple(o.shape[1:] for o in operands))
+                        part = (slot, act.kind, tuple(o.shape[1:] for o in operands))
                         table = blocks.setdefault((name, part), [])
                         placed[known] = part, sum(len(block[0]) for block in table)
                         table.append(operands)
@@ -107,6 +117,7 @@ class BatchHooks:
         """Go on with these rows of the batch only."""
         place = {r: i for i, r in enumerate(keep)}
         self.n_prompt = [self.n_prompt[r] for r in keep]
+        self.gates = [self.gates[r] for r in keep]
         self._parts = {
             name: {
                 part: [(place[r], *rest) for r, *rest in acts if r in place]  # type: ignore[misc]
@@ -135,7 +146,11 @@ class BatchHooks:
         """The stream ``[row, column, d_model]`` at a hook point, changed; None if it is not."""
         changed = None
         for part in sorted(self._parts.get(name, ()), key=lambda part: part[0]):  # slot by slot
-            row, col, index = self._where(self._parts[name][part])
+            acts = self._parts[name][part]
+            if part[1] is Gate:
+                self._read(acts, x if changed is None else changed)
+                continue
+            row, col, index = self._where(acts)
             if not len(row):
                 continue
             if changed is None:
@@ -144,6 +159,14 @@ class BatchHooks:
             new = part[1].apply(changed[row, col], *(table[index] for table in tables))
             changed[row, col] = new.to(x.dtype)
         return changed
+
+    def _read(self, acts: list[tuple[int, Intervention, int]], x: torch.Tensor) -> None:
+        """See which prompts pass, of those whose position this pass holds."""
+        for r, act, _ in acts:
+            if act.gate:
+                position = act.gate.position_in(self.n_prompt[r])
+                if self._start[r] <= position < self._stop[r]:
+                    self.gates[r][id(act)] = act.gate.opens(x[r, position - self._start[r]])
 
     def _where(self, acts: list[tuple[int, Intervention, int]]) -> tuple[torch.Tensor, ...]:
         """(row, column, table row) of everything that a part touches in the present window."""
@@ -155,9 +178,16 @@ class BatchHooks:
                 here = covered(
                     act.at, act.n_positions, self.n_prompt[r], self._start[r], self._stop[r]
                 )
-                found += [(r, p - self._start[r], first + i) for p, i in here]
-                if here:
-                    self.touched.add(id(act))
+                if not here:
+                    continue
+                self.touched.add(id(act))
+                if act.gate and id(act) not in self.gates[r]:
+                    raise ValueError(
+                        f"{type(act).__name__} has to act before its prompt has run: position "
+                        f"{act.gate.position} at {act.gate.point}."
+                    )
+                if not act.gate or self.gates[r][id(act)]:
+                    found += [(r, p - self._start[r], first + i) for p, i in here]
             table = torch.tensor(found, dtype=torch.long).reshape(-1, 3)
             self._found[key] = (table[:, 0], table[:, 1], table[:, 2])
         return self._found[key]
@@ -213,9 +243,9 @@ class _Passes:
         self.ran = self.longest = 0
         self._before: set[int] = set()  # touched by earlier batches
         self._batch: BatchHooks | None = None
-        self._n_prompt: list[int] = []  # of the last pass
-        self._generating = False  # inside `generate`, whose first pass has been seen
-        self._prompts: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # by cache
+        self._known: Prompts | None = None  # of the last pass
+        self._generating = False  # inside `generate`
+        self._prompts: WeakKeyDictionary[Any, Prompts] = WeakKeyDictionary()  # by cache
 
     @property
     def touched(self) -> set[int]:
@@ -225,8 +255,9 @@ class _Passes:
     def watch(self) -> Iterator[None]:
         """Hooks on the model's streams, and on the model itself to see each pass begin and end."""
         inner = self.model.original_model
-        names = dict.fromkeys(f"blocks.{n}.hook_{a.site}" for a in self.acts for n in a.layers)
-        wanted: list[Hook] = [(name, functools.partial(self._hook, name)) for name in names]
+        wanted: list[Hook] = [
+            (name, functools.partial(self._hook, name)) for name in _points(self.acts)
+        ]
         with ExitStack() as stack:
             for name in ("generate", "hf_generate", "generate_stream"):
                 stack.enter_context(self._told_of(name))
@@ -246,7 +277,7 @@ class _Passes:
 
         @functools.wraps(method)
         def told(*args: Any, **kwargs: Any) -> Any:
-            self._n_prompt, self._generating = [], True
+            self._known, self._generating = None, True
             try:
                 result = method(*args, **kwargs)
                 if name == "generate_stream":  # runs while it is read
@@ -254,7 +285,7 @@ class _Passes:
                 return result
             finally:
                 if name != "generate_stream":
-                    self._n_prompt, self._generating = [], False
+                    self._known, self._generating = None, False
 
         self.model.__dict__[name] = told
         try:
@@ -266,11 +297,11 @@ class _Passes:
                 self.model.__dict__[name] = own
 
     def _until_read(self, stream: Iterator[Any]) -> Iterator[Any]:
-        self._n_prompt, self._generating = [], True
+        self._known, self._generating = None, True
         try:
             yield from stream
         finally:
-            self._n_prompt, self._generating = [], False
+            self._known, self._generating = None, False
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins: work out which position each of its columns has."""
@@ -284,18 +315,19 @@ class _Passes:
         mask = kwargs.get("attention_mask")
         if mask is None:
             # Inside `generate`, what ended early is filled up with the token for padding.
-            if tokens is not None and not (self._generating and self._n_prompt):
+            if tokens is not None and not (self._generating and self._known):
                 self._refuse_unmarked_padding(tokens)
             start, stop = [past] * rows, [past + width] * rows
         else:
             start, stop = _spans(mask, past, width)
-        n_prompt = self._prompts.get(cache) if cache is not None and past else None
-        if n_prompt is None:
-            n_prompt = self._n_prompt if self._generating and self._n_prompt else stop
+        known = self._prompts.get(cache) if cache is not None and past else None
+        if known is None and self._generating:
+            known = self._known
+        self._known = n_prompt, gates = known or (stop, [{} for _ in stop])
         if self._batch is None or n_prompt != self._batch.n_prompt:
             self._before = self.touched
             self._batch = BatchHooks(self.model, [self.acts] * rows, n_prompt)
-        self._n_prompt = n_prompt
+        self._batch.gates = gates
         self._batch.window(start, stop=stop)
         self.ran, self.longest = self.ran + 1, max(self.longest, *stop)
 
@@ -303,8 +335,8 @@ class _Passes:
         """A pass ends: remember how long the prompts in its cache were."""
         cache = getattr(output, "past_key_values", None)
         cache = kwargs.get("past_key_values") if cache is None else cache
-        if cache is not None:
-            self._prompts[cache] = self._n_prompt
+        if cache is not None and self._known:
+            self._prompts[cache] = self._known
 
     def _hook(self, name: str, x: torch.Tensor, hook: Any = None) -> torch.Tensor | None:
         return None if self._batch is None else self._batch.act(name, x)
@@ -367,10 +399,8 @@ def hooks(
     """
     acts = as_interventions(condition, model)
     lengths = [n_prompt] if isinstance(n_prompt, int) else list(n_prompt)
-    for act in acts:
-        for n in lengths:
-            span(act.at, act.n_positions, n)
-    names = dict.fromkeys(f"blocks.{n}.hook_{a.site}" for a in acts for n in a.layers)
+    for n in lengths:
+        first_position(acts, n)  # says at once what does not fit
     batches: dict[int, BatchHooks] = {}
 
     def run(name: str, x: torch.Tensor, hook: Any = None) -> torch.Tensor | None:
@@ -385,13 +415,20 @@ def hooks(
             n = lengths * rows if len(lengths) == 1 else lengths
             batches[rows] = BatchHooks(model, [acts] * rows, n)
         start = [0] * rows if isinstance(n_prompt, int) else [n - width for n in lengths]
+        batches[rows].touched.clear()
         batches[rows].window(start, width)
         changed = batches[rows].act(name, x)
-        if changed is None:
+        if not batches[rows].touched and any(name in act.points for act in acts):
             warnings.warn(f"The condition touches nothing at {name} in this pass.", stacklevel=2)
         return changed
 
-    return [(name, functools.partial(run, name)) for name in names]
+    return [(name, functools.partial(run, name)) for name in _points(acts)]
+
+
+def _points(acts: Sequence[Intervention]) -> list[str]:
+    """Every hook point at which interventions read or act, once."""
+    read = [act.gate.point for act in acts if act.gate]
+    return list(dict.fromkeys([*read, *(point for act in acts for point in act.points)]))
 
 
 def steered_logits(

@@ -131,6 +131,40 @@ def counts_from_end(at: Where) -> bool:
 # ---------------------------------------------------------------- what
 
 
+class Gate(NamedTuple):
+    """What an intervention waits for: the prompt's projection passes a threshold."""
+
+    layer: int
+    site: str
+    unit: torch.Tensor  # [d_model], of length 1
+    threshold: float  # in units of the stream
+    position: int  # of the prompt; negative: from its end
+
+    @property
+    def point(self) -> str:
+        """The hook point at which the stream is read."""
+        return hook_point(self.layer, self.site)
+
+    def position_in(self, n: int) -> int:
+        """The position in a prompt of ``n`` tokens. Raises ``ValueError`` if it has none such."""
+        found = self.position + n if self.position < 0 else self.position
+        if not 0 <= found < n:
+            raise ValueError(
+                f"There is no position {self.position} to be read in a prompt of {n} tokens."
+            )
+        return found
+
+    def opens(self, stream: torch.Tensor) -> bool:
+        """Whether a stream vector ``[d_model]`` passes."""
+        unit = self.unit.to(stream.device)
+        return float((stream.to(unit.dtype) * unit).sum()) > self.threshold
+
+
+def hook_point(layer: int, site: str) -> str:
+    """TransformerLens' name of a site."""
+    return f"blocks.{layer}.hook_{site}"
+
+
 @dataclass(frozen=True, eq=False)
 class Intervention(ABC):
     """What happens to the stream at some layers and positions.
@@ -167,9 +201,24 @@ class Intervention(ABC):
         return max((vector.n_positions for vector in self.vectors), default=1)
 
     @property
+    def points(self) -> list[str]:
+        """The hook points at which it acts."""
+        return [hook_point(layer, self.site) for layer in self.layers]
+
+    @property
     def is_identity(self) -> bool:
         """Whether it changes nothing at all, so that it need not run."""
         return False
+
+    @property
+    def gate(self) -> Gate | None:
+        """What it waits for, prompt by prompt; None: it always acts."""
+        return None
+
+    @property
+    def kind(self) -> type[Intervention]:
+        """The class whose `apply` it needs: interventions of one run together."""
+        return type(self)
 
     @abstractmethod
     def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
@@ -201,24 +250,25 @@ class Intervention(ABC):
         return [kind, *([f.name, _fact(getattr(self, f.name))] for f in fields(self))]
 
     def code(self, vector: str = "vector") -> str:
-        """The call that makes it, with its first vector under the name ``vector``."""
+        """The call that makes it: its first vector is called ``vector``, others as its fields."""
         import steerlib
 
         kind = type(self)
         said = []
         for i, field in enumerate(fields(self)):
             value = getattr(self, field.name)
-            first = bool(self.vectors) and value is self.vectors[0]
-            text = vector if first else _code(value)
+            if value is None and field.default is None:
+                continue
+            if isinstance(value, SteeringVector):
+                text = vector if value is self.vectors[0] else field.name
+            elif isinstance(value, Intervention):
+                text = value.code(vector)
+            else:
+                listed = isinstance(value, tuple) and not isinstance(value, Slice)
+                text = repr(list(value) if listed else value)
             said.append(text if i == 0 else f"{field.name}={text}")
         public = getattr(steerlib, kind.__name__, None) is kind
         return f"{'sl.' if public else ''}{kind.__name__}({', '.join(said)})"
-
-
-def _code(value: Any) -> str:
-    if isinstance(value, tuple) and not isinstance(value, Slice):
-        return repr(list(value))
-    return value.code() if isinstance(value, Intervention) else repr(value)
 
 
 def _fact(value: Any) -> Any:
@@ -289,32 +339,6 @@ class Add(Intervention):
         return ["add", _fact(self.at), _fact(moved)]
 
 
-@dataclass(frozen=True, eq=False)
-class Ablate(Intervention):
-    """Subtract the stream's projection on ``vector`` (one position), layer by layer: "zero out".
-
-    ``h - (h · v) v``, with v of length 1.
-
-    Source: the honesty repository, "zeroing out the honesty vector".
-    """
-
-    vector: SteeringVector
-    at: Any = "all"  # an `At`; kept as `Where`
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.vector, SteeringVector) or self.vector.n_positions != 1:
-            raise ValueError(f"Ablate needs a direction (one position), got {self.vector!r}.")
-        object.__setattr__(self, "at", where(self.at))
-
-    def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
-        return (torch.nn.functional.normalize(self.vector.layers[layer], dim=-1),)
-
-    @staticmethod
-    def apply(stream: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
-        h, direction = stream.float(), operands[0]
-        return h - (h * direction).sum(-1, keepdim=True) * direction
-
-
 # ---------------------------------------------------------------- conditions
 
 # Columns of the tables in which names of conditions stand: their fields have other names.
@@ -372,10 +396,11 @@ def _check_fits(act: Intervention, model: TransformerBridge) -> None:
             )
     if act.site not in SITES:
         raise ValueError(f"{act!r} acts at {act.site!r}: use one of {', '.join(SITES)}.")
-    if max(act.layers) >= model.cfg.n_layers or min(act.layers) < 0:
+    layers = [*act.layers, *([act.gate.layer] if act.gate else [])]
+    if max(layers) >= model.cfg.n_layers or min(layers) < 0:
         what = act.vectors[0] if act.vectors else act
         raise ValueError(
-            f"{what!r} needs layer {max(act.layers)}, but {model.cfg.model_name} has "
+            f"{what!r} needs layer {max(layers)}, but {model.cfg.model_name} has "
             f"layers 0 to {model.cfg.n_layers - 1}."
         )
 
@@ -431,22 +456,35 @@ def condition_label(name: Any) -> Any:
     return ", ".join(said)
 
 
-def first_position(acts: Sequence[Intervention], n_prompt: int) -> int:
-    """The first position that these interventions touch (`END` if none does).
+def first_touched(act: Intervention, n_prompt: int) -> int:
+    """The first position that an intervention touches (`END` if there is none).
 
     Raises:
-        ValueError: an intervention does not fit a prompt of ``n_prompt`` tokens.
+        ValueError: it does not fit a prompt of ``n_prompt`` tokens.
     """
-    spans = [span(act.at, act.n_positions, n_prompt) for act in acts]
+    found = span(act.at, act.n_positions, n_prompt)
     # A range may be endless, so its start is asked for, not searched for.
-    starts = [s.start if isinstance(s, range) else min(s) for s in spans if len(s)]
-    return min(starts, default=END)
+    return END if not len(found) else found.start if isinstance(found, range) else min(found)
+
+
+def first_position(acts: Sequence[Intervention], n_prompt: int) -> int:
+    """The first position that these interventions touch or read (`END` if there is none)."""
+    touched = [first_touched(act, n_prompt) for act in acts]
+    read = [act.gate.position_in(n_prompt) for act in acts if act.gate]
+    return min([*touched, *read], default=END)
+
+
+def act_before_read(acts: Sequence[Intervention], n_prompt: int) -> bool:
+    """Whether one acts at positions before the one it waits for: they must run in one pass."""
+    return any(
+        act.gate and first_touched(act, n_prompt) < act.gate.position_in(n_prompt) for act in acts
+    )
 
 
 def warn_untouched(acts: Sequence[Intervention], n_prompt: int, n_tokens: int) -> None:
     """Warn of interventions that touch none of ``n_tokens`` positions: they would do nothing."""
     for act in acts:
-        if first_position([act], n_prompt) >= n_tokens:
+        if first_touched(act, n_prompt) >= n_tokens:
             warnings.warn(
                 f"{type(act).__name__} at {act.at!r} touches no position of what runs: a prompt of "
                 f"{n_prompt} tokens, {n_tokens} in all.",

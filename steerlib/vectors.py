@@ -14,13 +14,12 @@ import torch
 
 from .activations import capture, capture_groups, check_layers, check_site
 from .directions import fit_direction, parse_method
-from .files import atomic_write
+from .formats import gguf, tensors
 from .tokens import common_prefix, continuation_ids, encode, single_token
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_FORMAT = "steerlib.vector.1"
 PLACES = ("front", "middle", "back", "prompt", "generated", "all")
 
 
@@ -196,6 +195,37 @@ class SteeringVector:
         return cls(vectors, site, "generated", meta)
 
     @classmethod
+    def from_mean(
+        cls,
+        model: TransformerBridge,
+        prompts: Sequence[str],
+        *,
+        layers: int | Iterable[int] | None = None,
+        position: int = -1,
+        site: str = "resid_post",
+    ) -> SteeringVector:
+        """The mean stream of some prompts: a point, for ``Ablate(to="mean")`` and `Affine`.
+
+        Args:
+            position: the token at which to read; negative counts from each prompt's end.
+
+        Returns:
+            One position per layer, in the stream's own units.
+
+        Raises:
+            ValueError: no prompts, unknown layer, a position that a prompt lacks.
+        """
+        wanted = check_layers(model, layers)
+        acts = capture(model, prompts, wanted, position, site).double().mean(0).float()
+        meta = {
+            "name": f"mean of {len(prompts)} prompts",
+            "model": model.cfg.model_name,
+            "method": "from_mean",
+            "position": position,
+        }
+        return cls(dict(zip(wanted, acts[:, None], strict=True)), site, "generated", meta)
+
+    @classmethod
     def random_like(cls, vector: SteeringVector, seed: int = 0) -> SteeringVector:
         """Gaussian noise with the norm of ``vector`` at every layer and position.
 
@@ -261,6 +291,13 @@ class SteeringVector:
         """The vector with ``function`` applied to each layer's tensor."""
         layers = {layer: function(t) for layer, t in self.layers.items()}
         return replace(self, layers=layers, meta={**self.meta, **meta})
+
+    def only(self, layers: int | Iterable[int]) -> SteeringVector:
+        """The same vector at some of its layers only. Raises ``KeyError`` for others."""
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        if missing := set(wanted) - set(self.layers):
+            raise KeyError(f"{self!r} has no layer {min(missing)}.")
+        return replace(self, layers={layer: self.layers[layer] for layer in wanted})
 
     def __mul__(self, coefficient: float) -> SteeringVector:
         if not math.isfinite(coefficient):
@@ -352,50 +389,50 @@ class SteeringVector:
 
     # ---------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write safetensors with the metadata inside; the file appears whole or not at all."""
-        from safetensors.torch import save_file
+    def save(self, path: str | os.PathLike[str], operator: str = "Add") -> None:
+        """Write safetensors; the file appears whole or not at all.
 
-        # Cloned, since safetensors refuses a tensor that stands at several layers.
-        tensors = {f"layer.{layer}": t.clone().contiguous() for layer, t in self.layers.items()}
-        header = {"format": _FORMAT, "site": self.site, "at": self.at}
-        with atomic_write(Path(path)) as temporary:
-            save_file(tensors, temporary, {**header, "meta": json.dumps(dict(self.meta))})
+        It says model, site, layers, place, normalisation (``unit``, or ``none``: the lengths are
+        the vector's own), the ``operator`` it is meant for, and where it came from.
+        """
+        tensors.write(path, self.layers, self._says(operator))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
-        """Read a file written by `save`. Nothing is unpickled; shapes and metadata are checked.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        site: str | None = None,
+        operator: str | None = None,
+        model: TransformerBridge | None = None,
+    ) -> SteeringVector:
+        """Read a file written by `save`, or plain safetensors of others. Nothing is unpickled.
+
+        Plain files have a tensor per layer, named by its number (see `formats.tensors`). A vector
+        of steering-vectors becomes one, which says its site, by ``save_file({str(l): t for l, t in
+        v.layer_activations.items()}, path, {"layer_type": v.layer_type})``.
+
+        Args:
+            site: where in a block it acts; needed for files that do not say it.
+            site, operator, model: what the file has to fit, as far as it says.
 
         Raises:
-            ValueError: the file is missing, damaged, or not a steering vector.
+            ValueError: the file is missing, damaged, or not a steering vector; it does not say its
+                site; it says another site, operator, model, layers or d_model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if header.get("format") != _FORMAT:
-                raise ValueError(f"its format is {header.get('format')!r}, not {_FORMAT!r}")
-            layers = {int(key.removeprefix("layer.")): t.float() for key, t in tensors.items()}
-            meta = json.loads(header["meta"])
-            if not isinstance(meta, dict) or min(layers) < 0:
-                raise ValueError("its metadata or layer numbers make no sense")
-            return cls(layers, header["site"], header["at"], meta)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a steering vector file: {error}.") from error
+        layers, says = tensors.read(path)
+        return cls._from_file(path, layers, says, site, operator, model)
 
     def to_gguf(self, path: str | os.PathLike[str], model_hint: str | None = None) -> None:
         """Write a llama.cpp control vector (``--control-vector``); repeng reads it too.
 
         llama.cpp adds ``direction.l`` to the stream that leaves block l, l >= 1; a ``resid_pre``
-        vector at layer l is therefore written as ``direction.(l-1)``.
+        vector at layer l is therefore written as ``direction.(l-1)``. What `save` says stands there
+        as well.
 
         Raises:
             ValueError: the vector has several positions, or would act before block 1 ends.
         """
-        from gguf import GGUFWriter
-
         if self.n_positions != 1:
             raise ValueError(
                 f"A control vector has one position, this vector has {self.n_positions}: "
@@ -407,17 +444,99 @@ class SteeringVector:
                 "llama.cpp's control vectors begin after block 1: drop the layers "
                 f"{[layer for layer in sorted(self.layers) if layer - shift < 1]} of {self.site}."
             )
-        with atomic_write(Path(path)) as temporary:
-            writer = GGUFWriter(temporary, "controlvector")
-            hint = model_hint or self.meta.get("model") or "unknown"  # repeng refuses an empty one
-            writer.add_string("controlvector.model_hint", str(hint))
-            writer.add_uint32("controlvector.layer_count", len(self.layers))
-            for layer in sorted(self.layers):
-                writer.add_tensor(f"direction.{layer - shift}", self.layers[layer][0].numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+        directions = {layer - shift: t[0] for layer, t in self.layers.items()}
+        hint = str(model_hint or self.meta.get("model") or "unknown")
+        gguf.write(path, directions, hint, self._says("Add"))
+
+    @classmethod
+    def from_gguf(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        site: str | None = None,
+        model: TransformerBridge | None = None,
+    ) -> SteeringVector:
+        """Read a control vector of llama.cpp, of repeng, or written by `to_gguf`.
+
+        Args:
+            site: in which terms to take it; it acts behind the block that the file names, either
+                way. ``resid_post``: ``direction.l`` is layer l; ``resid_pre``: it is layer l + 1.
+                Needed for files of others, which cannot say what hook point they were made at.
+            model: the model that it has to fit.
+
+        Returns:
+            A direction per layer, as long and with the sign as in the file, acting at ``all``
+            positions, as in llama.cpp (from `to_gguf`: where it acted before).
+
+        Raises:
+            ValueError: the file is missing, damaged or no control vector; layers are missing; it
+                does not say its site, or says another; it does not fit ``model``.
+        """
+        directions, says = gguf.read(path)
+        shift = 1 if (site or says.get("site")) == "resid_pre" else 0
+        layers = {block + shift: t for block, t in directions.items()}
+        hint = says.pop("hint")
+        if "meta" not in says:
+            says["meta"] = json.dumps(
+                {"name": Path(path).stem, "method": "from_gguf", "hint": hint}
+            )
+        return cls._from_file(path, layers, says, site, None, model)
+
+    def _says(self, operator: str) -> dict[str, str]:
+        """What a file says of the vector besides its numbers."""
+        lengths = torch.stack(list(self.norm().values()))
+        return {
+            "site": self.site,
+            "at": self.at,
+            "layers": json.dumps(sorted(self.layers)),
+            "model": str(self.meta.get("model") or "unknown"),
+            "normalisation": "unit" if ((lengths - 1).abs() < 1e-4).all() else "none",
+            "operator": operator,
+            "meta": json.dumps(dict(self.meta)),
+        }
+
+    @classmethod
+    def _from_file(
+        cls,
+        path: str | os.PathLike[str],
+        layers: Mapping[int, torch.Tensor],
+        says: Mapping[str, str],
+        site: str | None,
+        operator: str | None,
+        model: TransformerBridge | None,
+    ) -> SteeringVector:
+        """The vector of a file, if it holds what it says, and says nothing but what is wanted."""
+        for name, wanted in (("site", site), ("operator", operator)):
+            if wanted is not None and says.get(name, wanted) != wanted:
+                raise ValueError(f"{path} is for {name} {says[name]!r}, not {wanted!r}.")
+        if (site := site or says.get("site")) is None:
+            raise ValueError(
+                f"{path} does not say where in a block it acts: give site='resid_post' (where the "
+                "block ends: llama.cpp, repeng, steering-vectors) or site='resid_pre'."
+            )
+        try:
+            meta = json.loads(says.get("meta", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("its metadata make no sense")
+            several = any(len(t) > 1 for t in layers.values())
+            at = says.get("at", "front" if several else "all")
+            vector = cls({layer: t.float() for layer, t in layers.items()}, site, at, meta)
+            for name, held in vector._says("").items():
+                if name in ("layers", "normalisation") and says.get(name, held) != held:
+                    raise ValueError(f"it says {name} {says[name]}, but holds {held}")
+        except ValueError as error:
+            raise ValueError(f"{path} is not a steering vector file: {error}.") from error
+        if model is not None:
+            name, known = model.cfg.model_name, meta.get("model")
+            said = f"made with {known}, " if known else ""
+            fits = max(vector.layers) < model.cfg.n_layers and vector.d_model == model.cfg.d_model
+            if not fits or known not in (None, name):
+                raise ValueError(
+                    f"{path} does not fit {name} ({model.cfg.n_layers} layers, d_model "
+                    f"{model.cfg.d_model}): it is {said}layers {sorted(vector.layers)}, d_model "
+                    f"{vector.d_model}."
+                )
+        return vector
 
 
 class Control(NamedTuple):

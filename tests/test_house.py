@@ -58,10 +58,15 @@ def test_every_module_has_its_tests() -> None:
 
 
 def test_core_is_short() -> None:
-    """What steering is can be read in an afternoon: without docstrings, comments, blank lines."""
+    """What steering is can be read in an afternoon: without docstrings, comments, blank lines.
+
+    A seventh of it are kinds of intervention (`operators`), which nothing else needs to know.
+    """
     core = [p for p in FILES if p.parent.name == "steerlib"]
-    assert len(core) <= 8
-    assert sum(map(code_lines, core)) < 1500
+    assert len(core) <= 9
+    assert sum(map(code_lines, core)) < 1800
+    kinds = ROOT / "steerlib/operators.py"
+    assert sum(map(code_lines, set(core) - {kinds})) < 1600
 
 
 def code_lines(path: Path) -> int:

@@ -22,6 +22,7 @@ from ..hooks import BatchHooks
 from ..interventions import (
     Condition,
     Intervention,
+    act_before_read,
     as_interventions,
     first_position,
     warn_untouched,
@@ -58,6 +59,7 @@ class Row:
     prompt_ids: list[int]
     acts: list[Intervention]
     draws: np.ndarray  # one uniform number per new token
+    gates: dict[int, bool] = field(default_factory=dict)  # see `hooks.BatchHooks`
     new: list[int] = field(default_factory=list)
     text: str = ""
     stopped: bool = False
@@ -200,7 +202,7 @@ def score(
         sizes = torch.tensor([len(ids) - 1 for ids in targets], device=device)
         new = (torch.arange(longest, device=device) < sizes[:, None]).long()
         lengths = [len(r.prompt_ids) for r in rows]
-        hooks = BatchHooks(model, [r.acts for r in rows], lengths)
+        hooks = BatchHooks(model, [r.acts for r in rows], lengths, [r.gates for r in rows])
         stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
         hooks.window(lengths, stop=stop)
         with hooks.hooks():
@@ -246,6 +248,7 @@ def decode(
                 logits = _forward(model, hooks, lengths, history, mask, None)
             elif cache is None:
                 logits, cache = prefill(model, live, sampling.max_new_tokens, watch, own)
+                hooks.gates = [r.gates for r in live]
             else:
                 seen_by = watch and partial(watch, numbers)
                 with native_attention(model):
@@ -322,10 +325,14 @@ def prefill(
     last_tokens, row_to_last = _distinct(
         [(i, r.condition if r.acts else -1) for i, r in zip(ids, rows, strict=True)]
     )
+    for row, i in zip(rows, row_to_last, strict=True):
+        row.gates = rows[last_tokens[i]].gates  # what the prompt decides, it decides once
     longest = max(len(r.prompt_ids) for r in rows)
     cache = preallocated_cache(model, len(rows), longest + room)
-    # Where nothing is shared, running the last token apart would only cost a pass.
-    split = len(prefixes) < len(last_tokens) and longest > 1
+    # Where nothing is shared, running the last token apart would only cost a pass; and it cannot
+    # decide about tokens that ran before it.
+    whole = any(act_before_read(r.acts, len(r.prompt_ids)) for r in rows)
+    split = len(prefixes) < len(last_tokens) and longest > 1 and not whole
     done = 0  # columns that are in the cache
     for which, end in [(prefixes, -1), (last_tokens, None)] if split else [(last_tokens, None)]:
         chosen = [rows[i] for i in which]
@@ -337,10 +344,10 @@ def prefill(
         else:
             done = _begin(model, chosen, acts, own, cache)
         tokens, mask = pad_left([r.prompt_ids for r in chosen], pad_id(model), device)
+        hooks = BatchHooks(model, acts, lengths, [r.gates for r in chosen])
         logits = _forward(
-            model, BatchHooks(model, acts, lengths), [n + (end or 0) for n in lengths],
-            tokens[:, done:end], mask[:, :end], cache, watch and partial(watch, which),
-            wanted=end is None,
+            model, hooks, [n + (end or 0) for n in lengths], tokens[:, done:end], mask[:, :end],
+            cache, watch and partial(watch, which), wanted=end is None,
         )  # fmt: skip
         done = tokens.shape[1] - 1
     index = torch.tensor(row_to_last, device=device)

@@ -166,6 +166,37 @@ def pair_differences(
     return pd.concat(found, ignore_index=True)
 
 
+def chosen_layers(
+    acts: torch.Tensor,
+    labels: pd.DataFrame,
+    method: str,
+    layers: Sequence[int] | None = None,
+    *,
+    fit: Sequence[bool] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> pd.Series:
+    """For every pair, the layer that is best on the claims of the other folds.
+
+    Args:
+        acts, labels, layers, fit, folds, seed: as for `pair_differences`, whose folds these are.
+
+    Returns:
+        Number of the pair -> layer: of the highest accuracy in a cross-validation (one fold less)
+        of the claims on which the pair's direction was fitted. What `pair_differences` has at
+        that layer is held out from the choice of the layer, too.
+    """
+    import pandas as pd
+
+    chosen = {}
+    for train, test in splits(acts, labels, folds, seed, 4, fit)[1:]:
+        own = labels.iloc[(2 * train[:, None] + [0, 1]).ravel()].reset_index(drop=True)
+        inner = pair_differences(acts[train], own, layers, [method], folds=folds - 1, seed=seed)
+        inner = inner[inner.split == "held-out"].assign(hit=lambda t: _hits(t.difference))
+        chosen |= dict.fromkeys(test.tolist(), inner.groupby("layer").hit.mean().idxmax())
+    return pd.Series(chosen, name="layer").sort_index()
+
+
 def crossed(differences: pd.DataFrame) -> pd.DataFrame:
     """The three ways in which the answers of a pair differ, one below the other.
 

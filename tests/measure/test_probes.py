@@ -13,6 +13,7 @@ from steerlib.measure.probes import (
     accuracy_table,
     best_component,
     by_twin,
+    chosen_layers,
     component_table,
     crossed,
     layer_accuracy,
@@ -85,7 +86,7 @@ def weights(frame: pd.DataFrame) -> dict[str, float]:
 def test_both_orders_tell_meaning_from_label() -> None:
     """In one order the first component is their sum, and only the other order takes it apart."""
     acts, labels = both_orders(12, honesty=0.1, meaning=3, label=1)
-    given = (labels.order == "given").to_numpy()[::2]
+    given = (labels.order == "given").to_numpy()[::2].copy()
     frame = pair_differences(acts[:, :, None], labels, methods=["pc1", "mean"], fit=given, folds=3)
     assert set(frame[frame.split == "train"].order) == {"given"}
     found = {k: abs(v) for k, v in weights(frame[frame.method == "pc1"]).items()}
@@ -126,6 +127,22 @@ def test_unrelated_directions_are_fitted_on_their_own_question() -> None:
     by_kind = held_out[held_out.method == "long"].groupby(long[held_out.row[:80]]).difference.mean()
     assert by_kind[True] > 3 * abs(by_kind[False])
     assert (held_out[held_out.method == "nothing"].difference == 0).all()
+
+
+def test_the_layer_is_chosen_on_other_claims() -> None:
+    """One layer tells all claims apart but one, on which another layer alone is right."""
+    acts, labels = both_orders(15, honesty=1, meaning=0, label=0, noise=0.05)
+    odd = (labels.pair == "p3").to_numpy()[::2].copy()
+    wrong = acts.flip(1)
+    odd_here = torch.tensor(odd)[:, None, None]
+    most, one = torch.where(odd_here, wrong, acts), torch.where(odd_here, acts, wrong)
+    noise = torch.randn(acts.shape, generator=torch.Generator().manual_seed(1)).double()
+    layers = torch.stack([noise, most, torch.where(odd_here, one, noise)], 2)
+    found = chosen_layers(layers, labels, "mean", [4, 5, 6], folds=3)
+    assert list(found.index) == list(range(60)) and (found == 5).all()
+    frame = pair_differences(layers, labels, [4, 5, 6], ["mean"], folds=3)
+    held_out = frame[(frame.split == "held-out") & (frame.layer == frame.row.map(found))]
+    assert (held_out.difference > 0).tolist() == (~odd).tolist()
 
 
 def test_intervals_resample_twins() -> None:

@@ -1,8 +1,8 @@
 """Controls: sliders in, completions and pictures out. No science in here."""
 
-from .claims import ClaimsPanel
 from .explorer import ExplorerPanel
 from .heatmap import HeatmapPanel
+from .overview import ClaimsPanel
 from .steering import SteeringPanel
 from .strength import StrengthPanel
 from .token import TokenPanel

@@ -12,9 +12,10 @@ import torch
 
 from ...engine import decode
 from ...engine.generate import choice_probabilities
-from ...interventions import PLACES, Ablate, Add, At, Condition, Intervention
+from ...interventions import PLACES, Add, At, Condition, Intervention
 from ...measure.logprobs import token_changes
 from ...models.loading import list_models, load_model, pick_device
+from ...operators import Ablate
 from ...vectors import SteeringVector
 from .. import tables
 from .base import LINE, WIDE, VectorPanel, in_rows, slider, table_row
