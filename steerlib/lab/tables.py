@@ -127,8 +127,8 @@ def token_heatmap(frame: pd.DataFrame, limit: float = 3.0) -> HTML:
         frame: as `logprobs.token_changes` returns it; one line per text.
         limit: the change, in nats, that gets the full colour; 3 is about twentyfold.
 
-    Green is up and red down, as in the source; red tokens are underlined besides, for readers to
-    whom the colours look alike. Hover a token for its numbers.
+    Green is up and orange (in the source: red) down; orange tokens are underlined besides, for
+    readers to whom the colours look alike. Hover a token for its numbers.
 
     Source: Turner et al. 2023, "Visualizing token probability changes across a corpus".
     """
@@ -228,7 +228,7 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
     Args:
         rows: one row per claim and model: claim (as in ``data/source_claims.csv``), model, value,
             low, high (the interval), verdict (as `stats.verdict` gives it), and if need be unit
-            (by default the source's) and note.
+            (by default the source's), note, and section (a heading above the rows that share it).
         notebook: whose claims these are, such as ``01_love_hate``.
 
     Returns:
@@ -280,8 +280,11 @@ def _folded(title: str, lines: Sequence[str] | pd.Series) -> str:
 def _page(joined: pd.DataFrame) -> Styler:
     """The joined table as it is shown: what the source says once, beside the first model."""
     shown: list[list[str]] = []
-    previous = None
+    previous = section = None
     for row in joined.to_dict("records"):
+        if row.get("section", section) != section:
+            section = row["section"]
+            shown.append([section.upper(), *[""] * 5])
         again = row["claim"] == previous
         number = quantity(*(row[f"source_{c}"] for c in ("number", "low", "high", "unit")))
         holds = row["source_holds"] + (f": {number}" if number else "")
@@ -303,7 +306,7 @@ def _page(joined: pd.DataFrame) -> Styler:
         table.style.format(escape="html")
         .hide(axis="index")
         .set_properties(**{**cells, "max-width": "22em"})
-        .map(lambda cell: f"color:{colours[cell]};font-weight:bold", subset=["verdict"])
+        .map(lambda cell: f"color:{colours.get(cell, '')};font-weight:bold", subset=["verdict"])
         .set_table_styles(
             [
                 {"selector": "th", "props": [("text-align", "left")]},
