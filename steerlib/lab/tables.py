@@ -336,7 +336,7 @@ def quantity(value: Any, low: Any, high: Any, unit: Any = "", sign: bool = False
         small = 0 < abs(x) < 0.001
         one = ("< 0.001" if x > 0 else "> -0.001") if small else f"{x:{plus}.3g}"
         one = f"{x:{plus}.0f}" if abs(x) >= 1000 else one
-        return f"{one}{' [-inf, inf]' if width == np.inf else ''}{behind}"
+        return f"{one}{f' [{a:g}, {b:g}]' if width == np.inf else ''}{behind}"
     if max(map(abs, numbers)) < 0.0005:
         return f"within ±0.001{behind}"
     decimals = int(np.clip(1 - np.floor(np.log10(width)), 0, 3))

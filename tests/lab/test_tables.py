@@ -313,6 +313,7 @@ def test_judge_shows_the_natural_quantity(claims: Path) -> None:
         ((12345.6, 12345.6, 12345.6), "12346"),
         ((0.909, "", ""), "0.909"),
         ((0.3, -np.inf, np.inf), "0.3 [-inf, inf]"),
+        ((1.2, 0, np.inf), "1.2 [0, inf]"),
         ((None, 1, 2), ""),
     ],
 )
