@@ -131,13 +131,20 @@ class BatchHooks:
     def _hook(self, name: str, x: torch.Tensor, hook: Any = None) -> torch.Tensor | None:
         return self.act(name, x)
 
-    def act(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The stream ``[row, column, d_model]`` at a hook point, changed; None if it is not."""
+    def act(
+        self, name: str, x: torch.Tensor, place: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """The stream ``[row, column, d_model]`` at a hook point, changed; None if it is not.
+
+        ``place`` says which row of the stream each row of the batch is, if not its own.
+        """
         changed = None
         for part in sorted(self._parts.get(name, ()), key=lambda part: part[0]):  # slot by slot
             row, col, index = self._where(self._parts[name][part])
             if not len(row):
                 continue
+            if place is not None:
+                row = torch.tensor(place)[row]
             if changed is None:
                 changed = x.clone()  # the unhooked model's own tensor stays as it is
             tables = self._tables[name][part] = [t.to(x.device) for t in self._tables[name][part]]

@@ -35,7 +35,8 @@ from ..tokens import (
     pad_left,
     prompt_ids,
 )
-from .kv_cache import PreallocatedLayer, native_attention, preallocated_cache
+from .kv_cache import PreallocatedLayer, preallocated_cache
+from .native import Levels, Passes, distinct
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -152,10 +153,12 @@ def first_logits(
 ) -> Iterator[tuple[Sequence[Row], torch.Tensor]]:
     """Batches of rows, as they come, with their first next-token logits ``[row, vocabulary]``."""
     size = batch_size or rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    passes = Passes(model)
     for begin in range(0, len(rows), size):
         batch = rows[begin : begin + size]
         with torch.no_grad():
-            yield batch, prefill(model, batch, 0)[0]
+            begun = _run_prompts(passes, batch, 0)
+            yield batch, begun.logits[begun.of_row]
 
 
 def score(
@@ -172,29 +175,35 @@ def score(
         float32 ``[token]`` for each row, natural logarithms.
     """
     device, longest = input_device(model), max(map(len, targets)) - 1
+    passes = Passes(model)
     with torch.no_grad():
-        logits, cache = prefill(model, rows, longest)
-        first = logits.float().log_softmax(-1)
-        found = [first[i, ids[0], None].cpu() for i, ids in enumerate(targets)]
+        begun = _run_prompts(passes, rows, longest)
+        first = begun.logits.float().log_softmax(-1)
+        found = [first[i, ids[0], None].cpu() for i, ids in zip(begun.of_row, targets, strict=True)]
         if not longest:
             return found
+        keys = [(r.prompt, tuple(ids)) for r, ids in zip(rows, targets, strict=True)]
+        levels = _levels(passes, [r.acts for r in rows], range(len(rows)), keys)
+        begun.select(levels)
         # Prompts are padded on the left and targets on the right, so that they meet.
-        _, mask = pad_left([r.prompt_ids for r in rows], pad_id(model), device)
-        padded = [[*ids[:-1], *[pad_id(model)] * (longest - len(ids) + 1)] for ids in targets]
-        tokens = torch.tensor(padded, device=device)
-        sizes = torch.tensor([len(ids) - 1 for ids in targets], device=device)
+        base = levels.rows[0]
+        _, mask = pad_left([rows[i].prompt_ids for i in base], pad_id(model), device)
+        fill = [pad_id(model)] * (longest + 1)
+        padded = [[*targets[i][:-1], *fill][:longest] for i in base]
+        sizes = torch.tensor([len(targets[i]) - 1 for i in base], device=device)
         new = (torch.arange(longest, device=device) < sizes[:, None]).long()
         lengths = [len(r.prompt_ids) for r in rows]
         hooks = BatchHooks(model, [r.acts for r in rows], lengths)
         stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
         hooks.window(lengths, stop=stop)
-        with hooks.hooks():
-            mask = torch.cat([mask, new], 1)
-            logits = model.forward(tokens, attention_mask=mask, past_key_values=cache)
+        tokens = torch.tensor(padded, device=device)
+        mask = torch.cat([mask, new], 1)
+        logits = passes.forward(tokens, mask, begun.cache, hooks, levels=levels)
         for i, ids in enumerate(targets):
             if len(ids) > 1:
                 rest = torch.tensor(ids[1:], device=device)[:, None]
-                scores = logits[i, : len(ids) - 1].float().log_softmax(-1).gather(1, rest)[:, 0]
+                row = logits[levels.place[-1][i], : len(ids) - 1]
+                scores = row.float().log_softmax(-1).gather(1, rest)[:, 0]
                 found[i] = torch.cat([found[i], scores.cpu()])
     return found
 
@@ -218,7 +227,7 @@ def decode(
     Yields after every step how many tokens are settled; between steps the model has no hooks, so
     whoever iterates may do something else with it, or stop.
     """
-    device, ends = input_device(model), end_tokens(model)
+    device, ends, passes = input_device(model), end_tokens(model), Passes(model)
     live, numbers = list(rows), list(range(len(rows)))
     tokens, mask = pad_left([r.prompt_ids for r in live], pad_id(model), device)
     history, seen = tokens, mask  # what the frequency penalty counts
@@ -228,13 +237,12 @@ def decode(
         lengths = [len(r.prompt_ids) + step for r in live]
         with torch.no_grad():
             if not use_cache:
-                logits = _forward(model, hooks, lengths, history, mask, None)
+                logits = _forward(passes, hooks, lengths, history, mask, None)
             elif cache is None:
-                logits, cache = prefill(model, live, sampling.max_new_tokens, watch, own)
+                logits, cache = prefill(passes, live, sampling.max_new_tokens, watch, own)
             else:
                 seen_by = watch and partial(watch, numbers)
-                with native_attention(model):
-                    logits = _forward(model, hooks, lengths, tokens, mask, cache, seen_by)
+                logits = _forward(passes, hooks, lengths, tokens, mask, cache, seen_by)
             draws = torch.tensor([r.draws[step] for r in live], device=device)
             chosen = sample(logits, draws, sampling, history, seen)
         keep = _advance(model, live, chosen.tolist(), ends, stop)
@@ -261,7 +269,7 @@ def decode(
 
 
 def _forward(
-    model: TransformerBridge,
+    passes: Passes,
     hooks: BatchHooks,
     lengths: Sequence[int],
     tokens: torch.Tensor,
@@ -269,6 +277,7 @@ def _forward(
     cache: Any,
     watch: Callable[[list[int], int], list[tuple[str, Any]]] | None = None,
     wanted: bool = True,
+    levels: Levels | None = None,
 ) -> torch.Tensor:
     """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
 
@@ -278,18 +287,13 @@ def _forward(
     keep = columns_of(tokens, -1) if wanted else columns_of(tokens)
     start = [n - tokens.shape[1] for n in lengths]
     hooks.window(start, tokens.shape[1])
-    past = {} if cache is None else {"past_key_values": cache}
-    with hooks.hooks(watch(start, tokens.shape[1]) if watch else []):
-        logits = model.forward(tokens, attention_mask=mask, logits_to_keep=keep, **past)
+    more = watch(start, tokens.shape[1]) if watch else []
+    logits = passes.forward(tokens, mask, cache, hooks, more, keep, levels)
     return logits[:, -1] if wanted else logits
 
 
 def prefill(
-    model: TransformerBridge,
-    rows: Sequence[Row],
-    room: int,
-    watch: Watch | None = None,
-    own: int = 2,
+    passes: Passes, rows: Sequence[Row], room: int, watch: Watch | None = None, own: int = 2
 ) -> tuple[torch.Tensor, Any]:
     """Run the prompts, doing once what rows have in common; then there is room for more tokens.
 
@@ -297,45 +301,95 @@ def prefill(
 
     Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
     """
+    begun = _run_prompts(passes, rows, room, watch, own)
+    begun.select(Levels([0] * len(rows), range(len(rows)), range(len(rows))))
+    return begun.logits[begun.of_row], begun.cache
+
+
+@dataclass
+class _Begun:
+    """Prompts that have run: what they have in common stands in one row."""
+
+    cache: Any
+    levels: Levels
+    last: list[int] = field(default_factory=list)  # of each row, which row of the levels it is
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def of_row(self) -> list[int]:
+        """Of each row, which row of the logits is its own."""
+        return [self.levels.place[-1][i] for i in self.last]
+
+    def select(self, levels: Levels, origin: Sequence[int] | None = None) -> None:
+        """Give the cache the rows of other levels; ``origin`` says which row each one was."""
+        origin = self.last if origin is None else origin
+        for n, layer in enumerate(self.cache.layers):
+            place = self.levels.place[self.levels.at(n)]
+            index = [place[origin[i]] for i in levels.rows[levels.at(n)]]
+            layer.batch_select_indices(torch.tensor(index))
+
+
+def _levels(
+    passes: Passes,
+    acts: Sequence[Any],
+    own: Sequence[Any],
+    same: Sequence[Any],
+    apart: bool = False,
+) -> Levels:
+    """Rows run as one in the layers below their interventions, if they have ``same`` in common."""
+    if apart or not passes.shares:
+        return Levels([0] * len(acts), own, same)
+    never = passes.model.cfg.n_layers
+    first = [min((n for act in a for n in act.layers), default=never) for a in acts]
+    return Levels(first, own, same)
+
+
+def _run_prompts(
+    passes: Passes, rows: Sequence[Row], room: int, watch: Watch | None = None, own: int = 2
+) -> _Begun:
+    model = passes.model
     device = input_device(model)
     # All but the last token depends on the prompt alone if the condition leaves it untouched.
     untouched = [first_position(r.acts, len(r.prompt_ids)) >= len(r.prompt_ids) - 1 for r in rows]
-    prefixes, last_to_prefix = _distinct(
+    prefixes, last_to_prefix = distinct(
         [(r.prompt, -1 if free else r.condition) for r, free in zip(rows, untouched, strict=True)]
     )
-    last_tokens, row_to_last = _distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
+    last_tokens, row_to_last = distinct([(r.prompt, r.condition if r.acts else -1) for r in rows])
     longest = max(len(r.prompt_ids) for r in rows)
     cache = preallocated_cache(model, len(rows), longest + room)
     # Where nothing is shared, running the last token apart would only cost a pass.
     split = len(prefixes) < len(last_tokens) and longest > 1
-    done = 0  # columns that are in the cache
+    begun, done = None, 0  # columns that are in the cache
     for which, end in [(prefixes, -1), (last_tokens, None)] if split else [(last_tokens, None)]:
         chosen = [rows[i] for i in which]
-        lengths = [len(r.prompt_ids) for r in chosen]
         acts = [[] if end and untouched[i] else rows[i].acts for i in which]
-        if done:
-            index = torch.tensor([last_to_prefix[i] for i in which], device=device)
-            cache.batch_select_indices(index)
+        prompts = [r.prompt for r in chosen]
+        levels = _levels(passes, acts, range(len(chosen)), prompts, apart=watch is not None)
+        if begun is not None:
+            begun.select(levels, [last_to_prefix[i] for i in which])
         else:
-            done = _begin(model, chosen, acts, own, cache)
-        tokens, mask = pad_left([r.prompt_ids for r in chosen], pad_id(model), device)
+            done = _begin(passes, chosen, acts, own, cache, levels)
+        base = [chosen[i].prompt_ids for i in levels.rows[0]]
+        tokens, mask = pad_left(base, pad_id(model), device)
+        lengths = [len(r.prompt_ids) for r in chosen]
         logits = _forward(
-            model, BatchHooks(model, acts, lengths), [n + (end or 0) for n in lengths],
+            passes, BatchHooks(model, acts, lengths), [n + (end or 0) for n in lengths],
             tokens[:, done:end], mask[:, :end], cache, watch and partial(watch, which),
-            wanted=end is None,
+            wanted=end is None, levels=levels,
         )  # fmt: skip
+        begun = _Begun(cache, levels, row_to_last, logits)
         done = tokens.shape[1] - 1
-    index = torch.tensor(row_to_last, device=device)
-    cache.batch_select_indices(index)
-    return logits[index], cache
+    assert begun is not None
+    return begun
 
 
 def _begin(
-    model: TransformerBridge,
+    passes: Passes,
     rows: Sequence[Row],
     acts: Sequence[Sequence[Intervention]],
     own: int,
     cache: Any,
+    levels: Levels,
 ) -> int:
     """Run what all prompts begin with once, such as a system prompt, into every row of the cache.
 
@@ -347,24 +401,14 @@ def _begin(
     fits = all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)  # no sliding window
     if not fits or n * (len(prompts) - 1) < _WORTH_SHARING:
         return 0
-    tokens = torch.tensor([prompts[0][:n]], device=input_device(model))
-    alone = new_cache(model)
-    model.forward(tokens, past_key_values=alone, logits_to_keep=columns_of(tokens))
+    tokens = torch.tensor([prompts[0][:n]], device=input_device(passes.model))
+    alone = new_cache(passes.model)
+    passes.forward(tokens, cache=alone, keep=columns_of(tokens))
     width = max(map(len, prompts))
-    for layer, begun in zip(cache.layers, alone.layers, strict=True):
-        layer.begin_with(begun.keys, begun.values, [width - len(ids) for ids in prompts])
+    for i, (layer, begun) in enumerate(zip(cache.layers, alone.layers, strict=True)):
+        padding = [width - len(prompts[r]) for r in levels.rows[levels.at(i)]]
+        layer.begin_with(begun.keys, begun.values, padding)
     return n
-
-
-def _distinct(keys: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """Index of the first of each distinct key, and for every key the place among these."""
-    places: dict[Any, int] = {}
-    first: list[int] = []
-    for i, key in enumerate(keys):
-        if key not in places:
-            places[key] = len(first)
-            first.append(i)
-    return first, [places[key] for key in keys]
 
 
 def sample(

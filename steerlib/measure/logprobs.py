@@ -15,6 +15,7 @@ import torch
 
 from ..engine import decode
 from ..engine.decode import Row, Sampling, make_rows
+from ..engine.native import Passes
 from ..hooks import BatchHooks
 from ..interventions import (
     Condition,
@@ -63,6 +64,7 @@ def token_logprobs(
         float32 ``[token - 1]`` for each row, on the CPU, natural logarithms.
     """
     found: list[Any] = [None] * len(rows)
+    passes = Passes(model)
     order = sorted(range(len(rows)), key=lambda r: len(rows[r][0]))
     size = max(1, _TOKENS_PER_BATCH // max((len(ids) for ids, _ in rows), default=1))
     for begin in range(0, len(order), size):
@@ -72,8 +74,8 @@ def token_logprobs(
         prompts = [len(i) if n_prompt is None else n_prompt for i in ids]
         hooks = BatchHooks(model, [rows[r][1] for r in batch], prompts)
         hooks.window([len(i) - tokens.shape[1] for i in ids], tokens.shape[1])
-        with torch.no_grad(), hooks.hooks():
-            logits = model.forward(tokens, attention_mask=mask)
+        with torch.no_grad():
+            logits = passes.forward(tokens, mask, hooks=hooks)
         for r, i, row in zip(batch, ids, logits, strict=True):
             target = torch.tensor(i[1:], device=row.device)[:, None]
             scores = row[-len(i) : -1].float().log_softmax(-1)

@@ -44,24 +44,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[int, ...]]]:
-    """``passes(model)`` -> a list that grows by the shape [row, column] of every forward pass."""
-
-    def watch(model: Any) -> list[tuple[int, ...]]:
-        shapes: list[tuple[int, ...]] = []
-        forward = type(model).forward
-
-        def counting(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-            shapes.append(tuple(tokens.shape))
-            return forward(self, tokens, *args, **kwargs)
-
-        monkeypatch.setattr(type(model), "forward", counting)
-        return shapes
-
-    return watch
-
-
 # ---------------------------------------------------------------- completions
 
 
@@ -166,22 +148,20 @@ def test_choice_probabilities_equal_plain_transformers(tiny: Any, architecture: 
     assert got.groupby("prompt").a.nunique().min() > 1  # the conditions do something
 
 
-def test_a_prompt_runs_once_for_conditions_that_leave_it_alone(
-    tiny: Any, passes: Callable[[Any], list[tuple[int, ...]]]
-) -> None:
+def test_a_prompt_runs_once_for_conditions_that_leave_it_alone(tiny: Any, way: str) -> None:
     model, _ = tiny("llama")
     longest = max(len(sl.encode(model, p)) for p in PROMPTS)
     conditions: dict[str, Any] = {
         str(c): sl.Add(vector(model, 1), at="generated", coefficient=c) for c in range(1, 20)
     }
     conditions |= {"last": sl.Ablate(vector(model, 2), at=[-1]), "unsteered": None, "zero": []}
-    shapes = passes(model)
-    sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
+    with shapes_of(model) as shapes:
+        sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
     # All but the last token once per prompt, then one token per condition; two of them are none.
     assert shapes == [(len(PROMPTS), longest - 1), (len(PROMPTS) * (len(conditions) - 1), 1)]
-    shapes.clear()
     conditions["front"] = sl.Add(vector(model, 1), at="front")
-    sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
+    with shapes_of(model) as shapes:
+        sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
     assert shapes[0] == (2 * len(PROMPTS), longest - 1)  # once more for the one that does not
 
 

@@ -18,6 +18,7 @@ from conftest import (
     plain_logits,
     positions,
     reference_logits,
+    shapes_of,
 )
 
 import steerlib as sl
@@ -155,23 +156,20 @@ def test_propensity_does_not_depend_on_the_batch(
     assert alone.propensity.tolist() == pytest.approx(together.propensity.tolist(), abs=1e-4)
 
 
-def test_prompts_run_once_for_all_continuations(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_run_once_for_all_continuations(tiny: Any, way: str) -> None:
     model, _ = tiny("llama")
-    ran: list[int] = []
-    forward = type(model).forward
-
-    def counted(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        ran.append(tokens.numel())
-        return forward(self, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counted)
     v = noise(model, 1)
     conditions = {str(c): sl.Add(v, "generated", c) for c in range(10)}
     texts = [" a", " b", " c", " d"]
     n = len(sl.encode(model, LONG[0]))
-    sl.propensity(model, LONG[0], texts[:2], texts[2:], conditions)
     width = max(len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
-    assert sum(ran) == (n - 1) + len(conditions) * (1 + len(texts) * (width - 1))
+    for layer, times in ((0, 1), (3, len(conditions))):
+        with shapes_of(model, layer) as shapes:
+            sl.propensity(model, LONG[0], texts[:2], texts[2:], conditions)
+        if way == "bridge":  # below the interventions, only native passes share
+            times = len(conditions)
+        ran = sum(rows * columns for rows, columns in shapes)
+        assert ran == (n - 1) + times * (1 + len(texts) * (width - 1))
 
 
 def test_continuation_table(tiny: Any) -> None:
