@@ -8,7 +8,9 @@ that. Rows that finish leave the batch.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 Stop = str | Sequence[str] | Callable[[str], bool] | None
 Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
 _ROWS_SAMPLED = 64  # at once
+_FAST_ENOUGH = {"cpu": 256}  # rows: 660 gain 2 % over 220 (benchmarks) and take three times as much
 _WORTH_SHARING = 32  # tokens that need not run; fewer would not pay for a pass of their own
 
 
@@ -131,7 +134,9 @@ def run(
     """Complete all rows in place, in batches of similar prompt length."""
     order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition, r.sample))
     longest = len(order[-1].prompt_ids) + sampling.max_new_tokens
-    size = batch_size or rows_that_fit(model, longest)
+    size = batch_size or rows_at_once(model, longest)
+    if not batch_size:  # batches of equal size, not a last one of a few rows
+        size = math.ceil(len(order) / math.ceil(len(order) / size))
     begin = 0
     while begin < len(order):
         batch = order[begin : begin + size]
@@ -152,7 +157,7 @@ def first_logits(
     model: TransformerBridge, rows: Sequence[Row], batch_size: int | None = None
 ) -> Iterator[tuple[Sequence[Row], torch.Tensor]]:
     """Batches of rows, as they come, with their first next-token logits ``[row, vocabulary]``."""
-    size = batch_size or rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    size = batch_size or rows_at_once(model, max(len(r.prompt_ids) for r in rows) + 1)
     passes = Passes(model)
     for begin in range(0, len(rows), size):
         batch = rows[begin : begin + size]
@@ -174,38 +179,58 @@ def score(
     Returns:
         float32 ``[token]`` for each row, natural logarithms.
     """
-    device, longest = input_device(model), max(map(len, targets)) - 1
     passes = Passes(model)
     with torch.no_grad():
-        begun = _run_prompts(passes, rows, longest)
+        begun = _run_prompts(passes, rows, 0)
         first = begun.logits.float().log_softmax(-1)
         found = [first[i, ids[0], None].cpu() for i, ids in zip(begun.of_row, targets, strict=True)]
-        if not longest:
-            return found
-        keys = [(r.prompt, tuple(ids)) for r, ids in zip(rows, targets, strict=True)]
-        levels = _levels(passes, [r.acts for r in rows], range(len(rows)), keys)
-        begun.select(levels)
-        # Prompts are padded on the left and targets on the right, so that they meet.
-        base = levels.rows[0]
-        _, mask = pad_left([rows[i].prompt_ids for i in base], pad_id(model), device)
-        fill = [pad_id(model)] * (longest + 1)
-        padded = [[*targets[i][:-1], *fill][:longest] for i in base]
-        sizes = torch.tensor([len(targets[i]) - 1 for i in base], device=device)
-        new = (torch.arange(longest, device=device) < sizes[:, None]).long()
-        lengths = [len(r.prompt_ids) for r in rows]
-        hooks = BatchHooks(model, [r.acts for r in rows], lengths)
-        stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
-        hooks.window(lengths, stop=stop)
-        tokens = torch.tensor(padded, device=device)
-        mask = torch.cat([mask, new], 1)
-        logits = passes.forward(tokens, mask, begun.cache, hooks, levels=levels)
-        for i, ids in enumerate(targets):
-            if len(ids) > 1:
-                rest = torch.tensor(ids[1:], device=device)[:, None]
-                row = logits[levels.place[-1][i], : len(ids) - 1]
-                scores = row.float().log_softmax(-1).gather(1, rest)[:, 0]
-                found[i] = torch.cat([found[i], scores.cpu()])
+        for columns, which in _by_length([len(ids) - 1 for ids in targets]):
+            behind = [targets[i] for i in which]
+            scores = _score_rest(passes, begun, [rows[i] for i in which], which, behind, columns)
+            for i, score in zip(which, scores, strict=True):
+                found[i] = torch.cat([found[i], score.cpu()])
     return found
+
+
+def _by_length(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """(columns, rows) of passes over rows of similar length; rows of none are in none."""
+    groups: list[tuple[int, list[int]]] = []
+    for n in sorted(set(lengths) - {0}):
+        mine = [i for i, length in enumerate(lengths) if length == n]
+        if groups and (n - groups[-1][0]) * len(groups[-1][1]) < _WORTH_SHARING:
+            mine = groups.pop()[1] + mine  # padding them costs less than a pass
+        groups.append((n, mine))
+    return groups
+
+
+def _score_rest(
+    passes: Passes,
+    begun: _Begun,
+    rows: Sequence[Row],
+    which: Sequence[int],
+    targets: Sequence[Sequence[int]],
+    columns: int,
+) -> Iterator[torch.Tensor]:
+    """Log-probabilities of the targets' tokens behind their first; ``which`` names the rows."""
+    device, pad = input_device(passes.model), pad_id(passes.model)
+    keys = [(r.prompt, tuple(ids)) for r, ids in zip(rows, targets, strict=True)]
+    levels = passes.levels([r.acts for r in rows], range(len(rows)), keys)
+    cache = begun.copied(levels, [begun.last[i] for i in which])
+    # Prompts are padded on the left and targets on the right, so that they meet.
+    base = levels.rows[0]
+    _, mask = pad_left([rows[i].prompt_ids for i in base], pad, device)
+    padded = [[*targets[i][:-1], *[pad] * (columns + 1)][:columns] for i in base]
+    sizes = torch.tensor([len(targets[i]) - 1 for i in base], device=device)
+    new = (torch.arange(columns, device=device) < sizes[:, None]).long()
+    lengths = [len(r.prompt_ids) for r in rows]
+    hooks = BatchHooks(passes.model, [r.acts for r in rows], lengths)
+    stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
+    hooks.window(lengths, stop=stop)
+    tokens, mask = torch.tensor(padded, device=device), torch.cat([mask, new], 1)
+    logits = passes.forward(tokens, mask, cache, hooks, levels=levels)
+    for place, ids in zip(levels.place[-1], targets, strict=True):
+        rest = torch.tensor(ids[1:], device=device)[:, None]
+        yield logits[place, : len(rest)].float().log_softmax(-1).gather(1, rest)[:, 0]
 
 
 def decode(
@@ -302,7 +327,7 @@ def prefill(
     Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
     """
     begun = _run_prompts(passes, rows, room, watch, own)
-    begun.select(Levels([0] * len(rows), range(len(rows)), range(len(rows))))
+    begun.select(Levels.apart(len(rows)), begun.last)
     return begun.logits[begun.of_row], begun.cache
 
 
@@ -320,28 +345,24 @@ class _Begun:
         """Of each row, which row of the logits is its own."""
         return [self.levels.place[-1][i] for i in self.last]
 
-    def select(self, levels: Levels, origin: Sequence[int] | None = None) -> None:
+    def select(self, levels: Levels, origin: Sequence[int]) -> None:
         """Give the cache the rows of other levels; ``origin`` says which row each one was."""
-        origin = self.last if origin is None else origin
         for n, layer in enumerate(self.cache.layers):
-            place = self.levels.place[self.levels.at(n)]
-            index = [place[origin[i]] for i in levels.rows[levels.at(n)]]
-            layer.batch_select_indices(torch.tensor(index))
+            layer.batch_select_indices(self._index(n, levels, origin))
 
+    def copied(self, levels: Levels, origin: Sequence[int]) -> Any:
+        """As `select`, into a cache of its own."""
+        new = copy.copy(self.cache)
+        new.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for n, layer in enumerate(new.layers):
+            if isinstance(layer, PreallocatedLayer):
+                new.layers[n] = layer = layer.growing()
+            layer.batch_select_indices(self._index(n, levels, origin))
+        return new
 
-def _levels(
-    passes: Passes,
-    acts: Sequence[Any],
-    own: Sequence[Any],
-    same: Sequence[Any],
-    apart: bool = False,
-) -> Levels:
-    """Rows run as one in the layers below their interventions, if they have ``same`` in common."""
-    if apart or not passes.shares:
-        return Levels([0] * len(acts), own, same)
-    never = passes.model.cfg.n_layers
-    first = [min((n for act in a for n in act.layers), default=never) for a in acts]
-    return Levels(first, own, same)
+    def _index(self, layer: int, levels: Levels, origin: Sequence[int]) -> torch.Tensor:
+        place = self.levels.place[self.levels.at(layer)]
+        return torch.tensor([place[origin[i]] for i in levels.rows[levels.at(layer)]])
 
 
 def _run_prompts(
@@ -363,8 +384,10 @@ def _run_prompts(
     for which, end in [(prefixes, -1), (last_tokens, None)] if split else [(last_tokens, None)]:
         chosen = [rows[i] for i in which]
         acts = [[] if end and untouched[i] else rows[i].acts for i in which]
-        prompts = [r.prompt for r in chosen]
-        levels = _levels(passes, acts, range(len(chosen)), prompts, apart=watch is not None)
+        if watch is None:
+            levels = passes.levels(acts, range(len(chosen)), [r.prompt for r in chosen])
+        else:
+            levels = Levels.apart(len(chosen))
         if begun is not None:
             begun.select(levels, [last_to_prefix[i] for i in which])
         else:
@@ -517,8 +540,9 @@ def end_tokens(model: TransformerBridge) -> set[int]:
     return {e for e in ends if e is not None}
 
 
-def rows_that_fit(model: TransformerBridge, length: int) -> int:
-    """How many rows of ``length`` tokens fit into half of the memory that is free now."""
+def rows_at_once(model: TransformerBridge, length: int) -> int:
+    """How many rows of ``length`` tokens to run at once: more would not be faster, and they fit
+    into half of the memory that is free now."""
     cfg = model.cfg
     device = input_device(model)
     if device.type == "cuda":
@@ -532,7 +556,7 @@ def rows_that_fit(model: TransformerBridge, length: int) -> int:
     cache = 2 * cfg.n_layers * heads * cfg.d_head * length * item
     # Cache (twice, while it grows), the logits and their copies in float32, one block's workings.
     row = 2 * cache + 4 * cfg.d_vocab * 4 + length * (cfg.n_heads * length + 8 * cfg.d_model) * 4
-    return int(max(1, min(1024, free // 2 // row)))
+    return int(max(1, min(_FAST_ENOUGH.get(device.type, 1024), free // 2 // row)))
 
 
 def out_of_memory(error: RuntimeError) -> bool:

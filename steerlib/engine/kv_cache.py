@@ -57,6 +57,14 @@ class PreallocatedLayer(DynamicLayer):
                 buffer[row, :, n:columns] = states[0, :, : max(columns - n, 0)]
         self._show(len(padding), columns)
 
+    def growing(self) -> DynamicLayer:
+        """The same contents in transformers' own layer, which copies whatever changes."""
+        layer = DynamicLayer()
+        if self.is_initialized:
+            layer.lazy_initialization(self.keys, self.values)
+            layer.keys, layer.values = self.keys, self.values
+        return layer
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i becomes what row ``indices[i]`` was; there may be more rows than before."""
         if columns := self.get_seq_length():

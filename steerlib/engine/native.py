@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import copy
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -37,12 +38,13 @@ class Levels:
     multiply, so that the layers below an intervention run once for all conditions.
 
     Args:
-        first: of each row of a batch the lowest layer at which something changes it.
+        first: of each row of a batch the lowest layer at which something changes it, or infinity.
         own: what tells the row from others from there on; same: below.
     """
 
-    def __init__(self, first: Sequence[int], own: Sequence[Hashable], same: Sequence[Hashable]):
-        self.starts = [0, *sorted({n for n in first if n > 0})]  # first layer of every level
+    def __init__(self, first: Sequence[float], own: Sequence[Hashable], same: Sequence[Hashable]):
+        # First layer of every level.
+        self.starts = [0, *sorted({int(n) for n in first if 0 < n < math.inf})]
         self.rows: list[list[int]] = []  # of every level: one row of the batch for each that runs
         self.place: list[list[int]] = []  # of every level: which of these each row of the batch is
         for start in self.starts:
@@ -53,6 +55,11 @@ class Levels:
             rows, place = distinct(keys)
             self.rows.append(rows)
             self.place.append(place)
+
+    @classmethod
+    def apart(cls, n: int) -> Levels:
+        """``n`` rows of which none runs as one with another."""
+        return cls([0] * n, range(n), range(n))
 
     def at(self, layer: int) -> int:
         """The level that a layer belongs to."""
@@ -156,6 +163,16 @@ class Passes:
     def shares(self) -> bool:
         """Whether rows may run as one (`Levels`) now: nobody else looks at what runs."""
         return self.native and not any(self._edges)
+
+    def levels(
+        self, acts: Sequence[Any], own: Sequence[Hashable], same: Sequence[Hashable]
+    ) -> Levels:
+        """`Levels` of rows under these interventions; one level where rows may not run as one."""
+        if not self.shares:
+            return Levels([0] * len(acts), own, same)
+        return Levels(
+            [min((n for act in a for n in act.layers), default=math.inf) for a in acts], own, same
+        )
 
     def _fall_back(self, why: str) -> None:
         self._twin = None

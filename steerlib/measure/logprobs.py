@@ -70,15 +70,17 @@ def token_logprobs(
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]
         ids = [list(rows[r][0]) for r in batch]
-        tokens, mask = pad_left(ids, pad_id(model), input_device(model))
-        prompts = [len(i) if n_prompt is None else n_prompt for i in ids]
-        hooks = BatchHooks(model, [rows[r][1] for r in batch], prompts)
+        acts = [rows[r][1] for r in batch]
+        levels = passes.levels(acts, range(len(batch)), list(map(tuple, ids)))
+        base = [ids[i] for i in levels.rows[0]]
+        tokens, mask = pad_left(base, pad_id(model), input_device(model))
+        hooks = BatchHooks(model, acts, [len(i) if n_prompt is None else n_prompt for i in ids])
         hooks.window([len(i) - tokens.shape[1] for i in ids], tokens.shape[1])
         with torch.no_grad():
-            logits = passes.forward(tokens, mask, hooks=hooks)
-        for r, i, row in zip(batch, ids, logits, strict=True):
-            target = torch.tensor(i[1:], device=row.device)[:, None]
-            scores = row[-len(i) : -1].float().log_softmax(-1)
+            logits = passes.forward(tokens, mask, hooks=hooks, levels=levels)
+        for r, i, place in zip(batch, ids, levels.place[-1], strict=True):
+            target = torch.tensor(i[1:], device=logits.device)[:, None]
+            scores = logits[place, -len(i) : -1].float().log_softmax(-1)
             found[r] = scores.gather(1, target)[:, 0].cpu()
     return found
 
@@ -101,7 +103,7 @@ def continuation_logprobs(
         key=lambda i: (len(rows[i].prompt_ids), rows[i].prompt, rows[i].condition),
     )
     longest = max(map(len, targets), default=1)
-    fits = decode.rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + longest)
+    fits = decode.rows_at_once(model, max(len(r.prompt_ids) for r in rows) + longest)
     size = max(1, min(fits, _BYTES_PER_BATCH // (4 * model.cfg.d_vocab * longest)))
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]
@@ -381,7 +383,7 @@ def _next_token_logprobs(
     rows = make_rows(model, prompts, acts, 1, Sampling(1), 0)
     order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition))
     size = max(1, _BYTES_PER_BATCH // (4 * model.cfg.d_vocab))
-    fits = decode.rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    fits = decode.rows_at_once(model, max(len(r.prompt_ids) for r in rows) + 1)
     for batch, logits in decode.first_logits(model, order, min(size, fits)):
         yield from zip(batch, logits.float().log_softmax(-1), strict=True)
 

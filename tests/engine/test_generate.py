@@ -13,7 +13,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, adding, mixture, n_hooks, noise, reference_logits
+from conftest import ARCHITECTURES, adding, mixture, n_hooks, noise, reference_logits, shapes_of
 
 import steerlib as sl
 from steerlib.engine import decode, generate
@@ -47,6 +47,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # ---------------------------------------------------------------- completions
 
 
+@pytest.mark.usefixtures("way")
 def test_zero_coefficient_gives_the_control(model: Any) -> None:
     v = vector(model, 3, 2)
     conditions = {"control": None, "zero": 0 * v, "Zero": sl.Add(v, coefficient=0)}
@@ -55,6 +56,7 @@ def test_zero_coefficient_gives_the_control(model: Any) -> None:
     assert groups["control"] == groups["zero"] == groups["Zero"]
 
 
+@pytest.mark.usefixtures("way")
 def test_hooks_never_leak(tiny: Any) -> None:
     model, _ = tiny("llama")
     v = vector(model, 1)
@@ -116,6 +118,7 @@ def test_bad_input_gets_a_sentence(tiny: Any, arguments: dict[str, Any], words: 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_choice_probabilities_equal_plain_transformers(tiny: Any, architecture: str) -> None:
     model, plain = tiny(architecture)
     options = ["a", "b", "c"]
@@ -185,6 +188,7 @@ def test_options_are_different_single_tokens(tiny: Any, options: Any, words: str
 
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_capture_generation_reads_what_hooks_read(
     tiny: Any, architecture: str, steered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,3 +28,7 @@ def test_a_preallocated_layer_holds_what_a_growing_one_does(data: st.DataObject)
             layer.batch_select_indices(torch.tensor(index))
         rows = len(index)
         assert torch.equal(mine.keys, plain.keys) and torch.equal(mine.values, plain.values)
+        other = mine.growing()
+        other.update(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1))
+        other.batch_select_indices(torch.tensor([0]))
+        assert torch.equal(mine.keys, plain.keys)  # what happens to the other is not its own

@@ -112,6 +112,7 @@ def check_propensity(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_propensity_equals_plain_passes(tiny: Any, architecture: str) -> None:
     """One pass per prompt, continuation and condition; all of unequal length."""
     model, plain = tiny(architecture)
@@ -121,6 +122,7 @@ def test_propensity_equals_plain_passes(tiny: Any, architecture: str) -> None:
     assert n_hooks(model) == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_propensity_on_the_real_model(model: Any, plain_model: Any) -> None:
     """With lists per prompt, and prompts that begin with the same words."""
     kept = ("unsteered", "front", "generated", "zeroed")
@@ -228,6 +230,7 @@ def test_perplexity_equals_the_loss_of_transformers(model: Any, plain_model: Any
         assert row.n_tokens == ids.shape[1] - 1
 
 
+@pytest.mark.usefixtures("way")
 def test_perplexity_under_steering_equals_a_hand_calculation(model: Any, plain_model: Any) -> None:
     v = 4 * sl.SteeringVector.from_prompts(model, " wedding", " ", layer=6)
     d = sl.SteeringVector({10: 3 * torch.ones(1, 576)}, "resid_post", "all")
@@ -249,6 +252,7 @@ def test_perplexity_under_steering_equals_a_hand_calculation(model: Any, plain_m
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.usefixtures("way")
 def test_token_changes_are_log_probabilities_of_the_plain_model(
     tiny: Any, architecture: str
 ) -> None:
@@ -334,6 +338,7 @@ def test_completion_surprisal_under_a_condition_and_of_nothing(tiny: Any) -> Non
 # ---------------------------------------------------------------- the next token
 
 
+@pytest.mark.usefixtures("way")
 def test_next_token_shift(model: Any, plain_model: Any) -> None:
     v = 4 * sl.SteeringVector.from_prompts(model, " wedding", " ", layer=6)
     prompt = "I went up to my friend and said"
@@ -376,6 +381,7 @@ def test_next_token_logprobs_are_those_of_next_token_shift(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.usefixtures("way")
 def test_kl_by_prompt_is_torchs_kl_divergence(tiny: Any, architecture: str) -> None:
     model, plain = tiny(architecture)
     vector = wedding(model)
