@@ -475,34 +475,20 @@ class Bench:
 
     def limits(self) -> Iterator[Line]:
         """9: tokens/s against what the machine allows. Here "ours" is what was reached."""
-        model, device = self.model, self.model.cfg.device
-        weights = list(
-            {id(p): p for p in model.original_model.parameters() if p.ndim == 2}.values()
-        )
-        # The products of one token with all weights, and nothing else; the embedding is looked
-        # up, and where it is also the unembedding (tied), multiplied once.
-        tied = model.original_model.get_output_embeddings().weight
-        embedding = model.original_model.get_input_embeddings().weight
-        weights = [w for w in weights if w is tied or w is not embedding]
-        size = sum(w.numel() * w.element_size() for w in weights)
-        big = torch.ones(size // 4, device=device)
+        kinds = ("Linear", "Conv1D")
+        layers = [m for m in self.plain.model.modules() if type(m).__name__ in kinds]
+        widths = [m.weight.shape[type(m).__name__ == "Linear"] for m in layers]
+        size = sum(m.weight.numel() * m.weight.element_size() for m in layers)
+        big = torch.ones(size // 4, device=self.device)
         for batch, n in ((1, 8), (100, 4)) if self.quick else ((1, 40), (100, 20), (660, 20)):
-            inputs = {
-                k: torch.randn(batch, k, device=device, dtype=self.dtype)
-                for w in weights
-                for k in w.shape
-            }
+            inputs = {k: torch.randn(batch, k).to(big.device, self.dtype) for k in set(widths)}
 
             def products(batch: int = batch, inputs: Any = inputs) -> None:
                 if batch == 1:  # as fast as the weights can be read
                     big.sum()
                     return
-                conv = type(model.original_model).__name__.startswith("GPT2")
-                for w in weights:
-                    if conv and w is not tied:
-                        inputs[w.shape[0]] @ w
-                    else:
-                        torch.nn.functional.linear(inputs[w.shape[1]], w)
+                for layer, width in zip(layers, widths, strict=True):
+                    layer(inputs[width])
 
             with endless(), torch.no_grad():
                 mine, bare = compare(
@@ -588,9 +574,10 @@ def machine() -> str:
 def table(lines: list[Line]) -> str:
     """Markdown."""
     rows = [
-        "| line | what | ours | peer | ratio | target | met | note |",
-        "|---|---|--:|--:|--:|---|---|---|",
+        "| line | what | ours | peer | ratio | before | target | met | note |",
+        "|---|---|--:|--:|--:|--:|---|---|---|",
     ]
+    before = json.loads((HERE / "before.json").read_text())  # what -> ratio, of version 0.2.0
     for x in lines:
         if x.met is None and x.target.startswith(">=") and x.ratio is not None:
             x.met = x.ratio >= float(x.target.strip(">= x"))
@@ -601,6 +588,7 @@ def table(lines: list[Line]) -> str:
             f"{number.format(x.ours)} {x.unit}",
             "" if x.peer is None else f"{number.format(x.peer)} {x.unit}",
             "" if x.ratio is None else f"{x.ratio:.2f}",
+            f"{before[x.what]:.2f}" if x.what in before else "",
             x.target,
             {True: "yes", False: "no", None: ""}[x.met],
             x.note,
