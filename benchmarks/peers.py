@@ -9,6 +9,7 @@ the front of the prompt. The cost of adding a vector is the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,73 @@ class Nucleus(LogitsProcessor):
 class Peer:
     """A plain transformers model with its tokenizer."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, model: Any = None, dtype: torch.dtype = torch.float32):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model = model
+
+    def encode(self, prompts: Sequence[str]) -> Any:
+        return self.tokenizer(list(prompts), return_tensors="pt", padding=True).to(
+            self.model.device
+        )
+
+    def greedy(self, prompts: Sequence[str], n_tokens: int) -> None:
+        """Complete the prompts, unsteered and greedily, each by exactly so many tokens."""
+        length = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens}
+        pad = self.tokenizer.pad_token_id
+        self.model.generate(**self.encode(prompts), **length, do_sample=False, pad_token_id=pad)
+
+    @torch.no_grad()
+    def score(
+        self,
+        blocks: Any,
+        vectors: Iterable[tuple[int, torch.Tensor]],
+        pairs: Sequence[tuple[list[int], list[int]]],
+        late: bool,
+        batch_size: int,
+    ) -> list[torch.Tensor]:
+        """Log-probability of every pair's second part, one forward pass per condition and batch.
+
+        ``blocks`` are the model's; a vector acts from the last prompt token on, or everywhere.
+        """
+        device, found = self.model.device, []
+        pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+        for layer, vector in vectors:
+            mine = vector.to(device, self.model.dtype)
+
+            def add(module: Any, args: Any, from_: int = 0, v: torch.Tensor = mine) -> Any:
+                x = args[0].clone()
+                x[:, from_:] += v
+                return (x, *args[1:])
+
+            for begin in range(0, len(pairs), batch_size):
+                batch = pairs[begin : begin + batch_size]
+                left, right = (max(len(pair[i]) for pair in batch) for i in (0, 1))
+                rows = [[*[0] * (left - len(a)), *a, *b, *[0] * (right - len(b))] for a, b in batch]
+                seen = [
+                    [*[0] * (left - len(a)), *[1] * (len(a) + len(b)), *[0] * (right - len(b))]
+                    for a, b in batch
+                ]
+                tokens, mask = torch.tensor(rows, device=device), torch.tensor(seen, device=device)
+                hook = partial(add, from_=left - 1 if late else 0)
+                handle = blocks[layer].register_forward_pre_hook(hook)
+                try:
+                    positions = (mask.cumsum(1) - 1).clamp(min=0)
+                    logits = self.model(
+                        tokens, attention_mask=mask, position_ids=positions, use_cache=False,
+                        logits_to_keep=right + 1,
+                    ).logits  # fmt: skip
+                finally:
+                    handle.remove()
+                target = tokens[:, left:, None]
+                scores = logits[:, :-1].float().log_softmax(-1).gather(2, target)[..., 0]
+                found.append((scores * mask[:, left:]).sum(1))
+        return found
 
     def sample(self, prompts: Sequence[str], n_samples: int, n_tokens: int) -> int:
         """Complete every prompt ``n_samples`` times, all in one batch; how many tokens came."""
-        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        batch = self.encode(prompts)
         out = self.model.generate(
             **batch,
             max_new_tokens=n_tokens,

@@ -142,17 +142,24 @@ class BatchHooks:
     def _hook(self, name: str, x: torch.Tensor, hook: Any = None) -> torch.Tensor | None:
         return self.act(name, x)
 
-    def act(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The stream ``[row, column, d_model]`` at a hook point, changed; None if it is not."""
+    def act(
+        self, name: str, x: torch.Tensor, place: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """The stream ``[row, column, d_model]`` at a hook point, changed; None if it is not.
+
+        ``place`` says which row of the stream each row of the batch is, if not its own.
+        """
         changed = None
         for part in sorted(self._parts.get(name, ()), key=lambda part: part[0]):  # slot by slot
             acts = self._parts[name][part]
             if part[1] is Gate:
-                self._read(acts, x if changed is None else changed)
+                self._read(acts, x if changed is None else changed, place)
                 continue
             row, col, index = self._where(acts)
             if not len(row):
                 continue
+            if place is not None:
+                row = torch.tensor(place)[row]
             if changed is None:
                 changed = x.clone()  # the unhooked model's own tensor stays as it is
             tables = self._tables[name][part] = [t.to(x.device) for t in self._tables[name][part]]
@@ -160,13 +167,20 @@ class BatchHooks:
             changed[row, col] = new.to(x.dtype)
         return changed
 
-    def _read(self, acts: list[tuple[int, Intervention, int]], x: torch.Tensor) -> None:
+    def _read(
+        self,
+        acts: list[tuple[int, Intervention, int]],
+        x: torch.Tensor,
+        place: Sequence[int] | None,
+    ) -> None:
         """See which prompts pass, of those whose position this pass holds."""
         for r, act, _ in acts:
             if act.gate:
                 position = act.gate.position_in(self.n_prompt[r])
                 if self._start[r] <= position < self._stop[r]:
-                    self.gates[r][id(act)] = act.gate.opens(x[r, position - self._start[r]])
+                    row = r if place is None else place[r]
+                    stream = x[row, position - self._start[r]]
+                    self.gates[r][id(act)] = act.gate.opens(stream)
 
     def _where(self, acts: list[tuple[int, Intervention, int]]) -> tuple[torch.Tensor, ...]:
         """(row, column, table row) of everything that a part touches in the present window."""

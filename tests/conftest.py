@@ -12,6 +12,7 @@ for name in ("PRESET", "MODEL", "STEERLIB_FIGS"):
 
 import gc  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
@@ -174,6 +175,17 @@ def booted(tiny: Any, request: pytest.FixtureRequest) -> Iterator[Callable[[str]
     gc.collect()
 
 
+@pytest.fixture(params=["native", "bridge"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything runs on both ways through a model: transformers' own modules, and the bridge."""
+    from steerlib.engine.native import Passes
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "bridge":
+            patch.setattr(Passes, "native", property(lambda self: False))
+        yield request.param
+
+
 def blocks(plain: Any) -> Any:
     """The list of transformer blocks of a transformers model."""
     for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
@@ -303,6 +315,24 @@ def batch_logits(model: Any, rows: list[tuple[list[int], Any]]) -> list[torch.Te
     with hooks.hooks():
         logits = model.forward(tokens, attention_mask=mask)
     return [row[-len(ids) :].float() for row, (ids, _) in zip(logits, rows, strict=True)]
+
+
+@contextmanager
+def shapes_of(model: Any, layer: int = -1) -> Iterator[list[tuple[int, ...]]]:
+    """A list that grows by the shape [row, column] of every pass through a layer."""
+    from steerlib.engine.native import Passes
+
+    assert Passes(model).native in (True, False)  # a model's first passes are a comparison
+    shapes: list[tuple[int, ...]] = []
+    handle = model.blocks[layer].original_component.register_forward_hook(
+        lambda block, args, out: shapes.append(
+            tuple((out[0] if isinstance(out, tuple) else out).shape[:2])
+        )
+    )
+    try:
+        yield shapes
+    finally:
+        handle.remove()
 
 
 def n_hooks(model: Any) -> int:

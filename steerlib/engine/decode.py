@@ -8,7 +8,9 @@ that. Rows that finish leave the batch.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +40,8 @@ from ..tokens import (
     pad_left,
     prompt_ids,
 )
-from .kv_cache import PreallocatedLayer, native_attention, preallocated_cache
+from .kv_cache import PreallocatedLayer, preallocated_cache
+from .native import Levels, Passes, distinct
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 Stop = str | Sequence[str] | Callable[[str], bool] | None
 Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
 _ROWS_SAMPLED = 64  # at once
+_FAST_ENOUGH = {"cpu": 384}  # rows; more take memory and hardly gain time (benchmarks)
 _WORTH_SHARING = 32  # tokens that need not run; fewer would not pay for a pass of their own
 
 
@@ -147,7 +151,9 @@ def run(
     """Complete all rows in place, in batches of similar prompt length."""
     order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition, r.sample))
     longest = len(order[-1].prompt_ids) + sampling.max_new_tokens
-    size = batch_size or rows_that_fit(model, longest)
+    size = batch_size or rows_at_once(model, longest)
+    if not batch_size:  # batches of equal size, not a last one of a few rows
+        size = math.ceil(len(order) / math.ceil(len(order) / size))
     begin = 0
     while begin < len(order):
         batch = order[begin : begin + size]
@@ -168,11 +174,13 @@ def first_logits(
     model: TransformerBridge, rows: Sequence[Row], batch_size: int | None = None
 ) -> Iterator[tuple[Sequence[Row], torch.Tensor]]:
     """Batches of rows, as they come, with their first next-token logits ``[row, vocabulary]``."""
-    size = batch_size or rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    size = batch_size or rows_at_once(model, max(len(r.prompt_ids) for r in rows) + 1)
+    passes = Passes(model)
     for begin in range(0, len(rows), size):
         batch = rows[begin : begin + size]
         with torch.no_grad():
-            yield batch, prefill(model, batch, 0)[0]
+            begun = _run_prompts(passes, batch, 0)
+            yield batch, begun.logits[begun.of_row]
 
 
 def score(
@@ -188,32 +196,59 @@ def score(
     Returns:
         float32 ``[token]`` for each row, natural logarithms.
     """
-    device, longest = input_device(model), max(map(len, targets)) - 1
+    passes = Passes(model)
     with torch.no_grad():
-        logits, cache = prefill(model, rows, longest)
-        first = logits.float().log_softmax(-1)
-        found = [first[i, ids[0], None].cpu() for i, ids in enumerate(targets)]
-        if not longest:
-            return found
-        # Prompts are padded on the left and targets on the right, so that they meet.
-        _, mask = pad_left([r.prompt_ids for r in rows], pad_id(model), device)
-        padded = [[*ids[:-1], *[pad_id(model)] * (longest - len(ids) + 1)] for ids in targets]
-        tokens = torch.tensor(padded, device=device)
-        sizes = torch.tensor([len(ids) - 1 for ids in targets], device=device)
-        new = (torch.arange(longest, device=device) < sizes[:, None]).long()
-        lengths = [len(r.prompt_ids) for r in rows]
-        hooks = BatchHooks(model, [r.acts for r in rows], lengths, [r.gates for r in rows])
-        stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
-        hooks.window(lengths, stop=stop)
-        with hooks.hooks():
-            mask = torch.cat([mask, new], 1)
-            logits = model.forward(tokens, attention_mask=mask, past_key_values=cache)
-        for i, ids in enumerate(targets):
-            if len(ids) > 1:
-                rest = torch.tensor(ids[1:], device=device)[:, None]
-                scores = logits[i, : len(ids) - 1].float().log_softmax(-1).gather(1, rest)[:, 0]
-                found[i] = torch.cat([found[i], scores.cpu()])
+        begun = _run_prompts(passes, rows, 0)
+        first = begun.logits.float().log_softmax(-1)
+        found = [first[i, ids[0], None].cpu() for i, ids in zip(begun.of_row, targets, strict=True)]
+        for columns, which in _by_length([len(ids) - 1 for ids in targets]):
+            behind = [targets[i] for i in which]
+            scores = _score_rest(passes, begun, [rows[i] for i in which], which, behind, columns)
+            for i, score in zip(which, scores, strict=True):
+                found[i] = torch.cat([found[i], score.cpu()])
     return found
+
+
+def _by_length(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """(columns, rows) of passes over rows of similar length; rows of none are in none."""
+    groups: list[tuple[int, list[int]]] = []
+    for n in sorted(set(lengths) - {0}):
+        mine = [i for i, length in enumerate(lengths) if length == n]
+        if groups and (n - groups[-1][0]) * len(groups[-1][1]) < _WORTH_SHARING:
+            mine = groups.pop()[1] + mine  # padding them costs less than a pass
+        groups.append((n, mine))
+    return groups
+
+
+def _score_rest(
+    passes: Passes,
+    begun: _Begun,
+    rows: Sequence[Row],
+    which: Sequence[int],
+    targets: Sequence[Sequence[int]],
+    columns: int,
+) -> Iterator[torch.Tensor]:
+    """Log-probabilities of the targets' tokens behind their first; ``which`` names the rows."""
+    device, pad = input_device(passes.model), pad_id(passes.model)
+    keys = [(tuple(r.prompt_ids), tuple(ids)) for r, ids in zip(rows, targets, strict=True)]
+    levels = passes.levels([r.acts for r in rows], range(len(rows)), keys)
+    cache = begun.copied(levels, [begun.last[i] for i in which])
+    # Prompts are padded on the left and targets on the right, so that they meet.
+    base = levels.rows[0]
+    _, mask = pad_left([rows[i].prompt_ids for i in base], pad, device)
+    padded = [[*targets[i][:-1], *[pad] * (columns + 1)][:columns] for i in base]
+    sizes = torch.tensor([len(targets[i]) - 1 for i in base], device=device)
+    new = (torch.arange(columns, device=device) < sizes[:, None]).long()
+    lengths = [len(r.prompt_ids) for r in rows]
+    gates = [r.gates for r in rows]
+    hooks = BatchHooks(passes.model, [r.acts for r in rows], lengths, gates)
+    stop = [n + len(ids) - 1 for n, ids in zip(lengths, targets, strict=True)]
+    hooks.window(lengths, stop=stop)
+    tokens, mask = torch.tensor(padded, device=device), torch.cat([mask, new], 1)
+    logits = passes.forward(tokens, mask, cache, hooks, levels=levels)
+    for place, ids in zip(levels.place[-1], targets, strict=True):
+        rest = torch.tensor(ids[1:], device=device)[:, None]
+        yield logits[place, : len(rest)].float().log_softmax(-1).gather(1, rest)[:, 0]
 
 
 def decode(
@@ -235,7 +270,7 @@ def decode(
     Yields after every step how many tokens are settled; between steps the model has no hooks, so
     whoever iterates may do something else with it, or stop.
     """
-    device, ends = input_device(model), end_tokens(model)
+    device, ends, passes = input_device(model), end_tokens(model), Passes(model)
     live, numbers = list(rows), list(range(len(rows)))
     tokens, mask = pad_left([r.prompt_ids for r in live], pad_id(model), device)
     history, seen = tokens, mask  # what the frequency penalty counts
@@ -245,14 +280,13 @@ def decode(
         lengths = [len(r.prompt_ids) + step for r in live]
         with torch.no_grad():
             if not use_cache:
-                logits = _forward(model, hooks, lengths, history, mask, None)
+                logits = _forward(passes, hooks, lengths, history, mask, None)
             elif cache is None:
-                logits, cache = prefill(model, live, sampling.max_new_tokens, watch, own)
+                logits, cache = prefill(passes, live, sampling.max_new_tokens, watch, own)
                 hooks.gates = [r.gates for r in live]
             else:
                 seen_by = watch and partial(watch, numbers)
-                with native_attention(model):
-                    logits = _forward(model, hooks, lengths, tokens, mask, cache, seen_by)
+                logits = _forward(passes, hooks, lengths, tokens, mask, cache, seen_by)
             draws = torch.tensor([r.draws[step] for r in live], device=device)
             chosen = sample(logits, draws, sampling, history, seen)
         keep = _advance(model, live, chosen.tolist(), ends, stop)
@@ -279,7 +313,7 @@ def decode(
 
 
 def _forward(
-    model: TransformerBridge,
+    passes: Passes,
     hooks: BatchHooks,
     lengths: Sequence[int],
     tokens: torch.Tensor,
@@ -287,6 +321,7 @@ def _forward(
     cache: Any,
     watch: Callable[[list[int], int], list[tuple[str, Any]]] | None = None,
     wanted: bool = True,
+    levels: Levels | None = None,
 ) -> torch.Tensor:
     """Next-token logits ``[row, vocabulary]`` of sequences that are ``lengths`` long by now.
 
@@ -296,18 +331,13 @@ def _forward(
     keep = columns_of(tokens, -1) if wanted else columns_of(tokens)
     start = [n - tokens.shape[1] for n in lengths]
     hooks.window(start, tokens.shape[1])
-    past = {} if cache is None else {"past_key_values": cache}
-    with hooks.hooks(watch(start, tokens.shape[1]) if watch else []):
-        logits = model.forward(tokens, attention_mask=mask, logits_to_keep=keep, **past)
+    more = watch(start, tokens.shape[1]) if watch else []
+    logits = passes.forward(tokens, mask, cache, hooks, more, keep, levels)
     return logits[:, -1] if wanted else logits
 
 
 def prefill(
-    model: TransformerBridge,
-    rows: Sequence[Row],
-    room: int,
-    watch: Watch | None = None,
-    own: int = 2,
+    passes: Passes, rows: Sequence[Row], room: int, watch: Watch | None = None, own: int = 2
 ) -> tuple[torch.Tensor, Any]:
     """Run the prompts, doing once what rows have in common; then there is room for more tokens.
 
@@ -315,14 +345,57 @@ def prefill(
 
     Returns the next-token logits ``[row, vocabulary]`` and the cache, a row for each of ``rows``.
     """
+    begun = _run_prompts(passes, rows, room, watch, own)
+    begun.select(Levels.apart(len(rows)), begun.last)
+    return begun.logits[begun.of_row], begun.cache
+
+
+@dataclass
+class _Begun:
+    """Prompts that have run: what they have in common stands in one row."""
+
+    cache: Any
+    levels: Levels
+    last: list[int] = field(default_factory=list)  # of each row, which row of the levels it is
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def of_row(self) -> list[int]:
+        """Of each row, which row of the logits is its own."""
+        return [self.levels.place[-1][i] for i in self.last]
+
+    def select(self, levels: Levels, origin: Sequence[int]) -> None:
+        """Give the cache the rows of other levels; ``origin`` says which row each one was."""
+        for n, layer in enumerate(self.cache.layers):
+            layer.batch_select_indices(self._index(n, levels, origin))
+
+    def copied(self, levels: Levels, origin: Sequence[int]) -> Any:
+        """As `select`, into a cache of its own."""
+        new = copy.copy(self.cache)
+        new.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for n, layer in enumerate(new.layers):
+            if isinstance(layer, PreallocatedLayer):
+                new.layers[n] = layer = layer.growing()
+            layer.batch_select_indices(self._index(n, levels, origin))
+        return new
+
+    def _index(self, layer: int, levels: Levels, origin: Sequence[int]) -> torch.Tensor:
+        place = self.levels.place[self.levels.at(layer)]
+        return torch.tensor([place[origin[i]] for i in levels.rows[levels.at(layer)]])
+
+
+def _run_prompts(
+    passes: Passes, rows: Sequence[Row], room: int, watch: Watch | None = None, own: int = 2
+) -> _Begun:
+    model = passes.model
     device = input_device(model)
     # All but the last token depends on the prompt alone if the condition leaves it untouched.
     untouched = [first_position(r.acts, len(r.prompt_ids)) >= len(r.prompt_ids) - 1 for r in rows]
     ids = [tuple(r.prompt_ids) for r in rows]  # not r.prompt: a condition may put text before it
-    prefixes, last_to_prefix = _distinct(
+    prefixes, last_to_prefix = distinct(
         [(i, -1 if free else r.condition) for i, r, free in zip(ids, rows, untouched, strict=True)]
     )
-    last_tokens, row_to_last = _distinct(
+    last_tokens, row_to_last = distinct(
         [(i, r.condition if r.acts else -1) for i, r in zip(ids, rows, strict=True)]
     )
     for row, i in zip(rows, row_to_last, strict=True):
@@ -333,34 +406,41 @@ def prefill(
     # decide about tokens that ran before it.
     whole = any(act_before_read(r.acts, len(r.prompt_ids)) for r in rows)
     split = len(prefixes) < len(last_tokens) and longest > 1 and not whole
-    done = 0  # columns that are in the cache
+    begun, done = None, 0  # columns that are in the cache
     for which, end in [(prefixes, -1), (last_tokens, None)] if split else [(last_tokens, None)]:
         chosen = [rows[i] for i in which]
-        lengths = [len(r.prompt_ids) for r in chosen]
         acts = [[] if end and untouched[i] else rows[i].acts for i in which]
-        if done:
-            index = torch.tensor([last_to_prefix[i] for i in which], device=device)
-            cache.batch_select_indices(index)
+        if watch is None:
+            same = [tuple(r.prompt_ids) for r in chosen]
+            levels = passes.levels(acts, range(len(chosen)), same)
         else:
-            done = _begin(model, chosen, acts, own, cache)
-        tokens, mask = pad_left([r.prompt_ids for r in chosen], pad_id(model), device)
+            levels = Levels.apart(len(chosen))
+        if begun is not None:
+            begun.select(levels, [last_to_prefix[i] for i in which])
+        else:
+            done = _begin(passes, chosen, acts, own, cache, levels)
+        base = [chosen[i].prompt_ids for i in levels.rows[0]]
+        tokens, mask = pad_left(base, pad_id(model), device)
+        lengths = [len(r.prompt_ids) for r in chosen]
         hooks = BatchHooks(model, acts, lengths, [r.gates for r in chosen])
         logits = _forward(
-            model, hooks, [n + (end or 0) for n in lengths], tokens[:, done:end], mask[:, :end],
-            cache, watch and partial(watch, which), wanted=end is None,
+            passes, hooks, [n + (end or 0) for n in lengths],
+            tokens[:, done:end], mask[:, :end], cache, watch and partial(watch, which),
+            wanted=end is None, levels=levels,
         )  # fmt: skip
+        begun = _Begun(cache, levels, row_to_last, logits)
         done = tokens.shape[1] - 1
-    index = torch.tensor(row_to_last, device=device)
-    cache.batch_select_indices(index)
-    return logits[index], cache
+    assert begun is not None
+    return begun
 
 
 def _begin(
-    model: TransformerBridge,
+    passes: Passes,
     rows: Sequence[Row],
     acts: Sequence[Sequence[Intervention]],
     own: int,
     cache: Any,
+    levels: Levels,
 ) -> int:
     """Run what all prompts begin with once, such as a system prompt, into every row of the cache.
 
@@ -372,24 +452,14 @@ def _begin(
     fits = all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)  # no sliding window
     if not fits or n * (len(prompts) - 1) < _WORTH_SHARING:
         return 0
-    tokens = torch.tensor([prompts[0][:n]], device=input_device(model))
-    alone = new_cache(model)
-    model.forward(tokens, past_key_values=alone, logits_to_keep=columns_of(tokens))
+    tokens = torch.tensor([prompts[0][:n]], device=input_device(passes.model))
+    alone = new_cache(passes.model)
+    passes.forward(tokens, cache=alone, keep=columns_of(tokens))
     width = max(map(len, prompts))
-    for layer, begun in zip(cache.layers, alone.layers, strict=True):
-        layer.begin_with(begun.keys, begun.values, [width - len(ids) for ids in prompts])
+    for i, (layer, begun) in enumerate(zip(cache.layers, alone.layers, strict=True)):
+        padding = [width - len(prompts[r]) for r in levels.rows[levels.at(i)]]
+        layer.begin_with(begun.keys, begun.values, padding)
     return n
-
-
-def _distinct(keys: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """Index of the first of each distinct key, and for every key the place among these."""
-    places: dict[Any, int] = {}
-    first: list[int] = []
-    for i, key in enumerate(keys):
-        if key not in places:
-            places[key] = len(first)
-            first.append(i)
-    return first, [places[key] for key in keys]
 
 
 def sample(
@@ -498,8 +568,9 @@ def end_tokens(model: TransformerBridge) -> set[int]:
     return {e for e in ends if e is not None}
 
 
-def rows_that_fit(model: TransformerBridge, length: int) -> int:
-    """How many rows of ``length`` tokens fit into half of the memory that is free now."""
+def rows_at_once(model: TransformerBridge, length: int) -> int:
+    """How many rows of ``length`` tokens to run at once: more would not be faster, and they fit
+    into half of the memory that is free now."""
     cfg = model.cfg
     device = input_device(model)
     if device.type == "cuda":
@@ -513,7 +584,7 @@ def rows_that_fit(model: TransformerBridge, length: int) -> int:
     cache = 2 * cfg.n_layers * heads * cfg.d_head * length * item
     # Cache (twice, while it grows), the logits and their copies in float32, one block's workings.
     row = 2 * cache + 4 * cfg.d_vocab * 4 + length * (cfg.n_heads * length + 8 * cfg.d_model) * 4
-    return int(max(1, min(1024, free // 2 // row)))
+    return int(max(1, min(_FAST_ENOUGH.get(device.type, 1024), free // 2 // row)))
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -334,7 +334,7 @@ def read_generation(
     rows = make_rows(model, texts, [condition], 1, sampling, 0)
     lengths = [len(encode(model, text)) for text in texts]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    size = decode.rows_that_fit(model, max(lengths) + sampling.max_new_tokens)
+    size = decode.rows_at_once(model, max(lengths) + sampling.max_new_tokens)
     for begin in range(0, len(order), size):
         numbers = order[begin : begin + size]
         place = (numbers, lengths, prompt_positions)

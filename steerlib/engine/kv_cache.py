@@ -1,14 +1,9 @@
-"""What makes a pass of one token cheap: a preallocated cache, attention without copies.
-
-Nothing here changes what is computed, only how often it is copied on the way.
-"""
+"""A preallocated key-value cache: what is computed stays, it is only copied less often."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
@@ -62,6 +57,14 @@ class PreallocatedLayer(DynamicLayer):
                 buffer[row, :, n:columns] = states[0, :, : max(columns - n, 0)]
         self._show(len(padding), columns)
 
+    def growing(self) -> DynamicLayer:
+        """The same contents in transformers' own layer, which copies whatever changes."""
+        layer = DynamicLayer()
+        if self.is_initialized:
+            layer.lazy_initialization(self.keys, self.values)
+            layer.keys, layer.values = self.keys, self.values
+        return layer
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i becomes what row ``indices[i]`` was; there may be more rows than before."""
         if columns := self.get_seq_length():
@@ -84,52 +87,3 @@ def preallocated_cache(model: TransformerBridge, rows: int, columns: int) -> Dyn
         for layer in cache.layers
     ]
     return cache
-
-
-_points: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-
-
-def _attention_points(model: TransformerBridge) -> list[Any]:
-    """All hook points inside attention. Kept, since to find them takes as long as a layer."""
-    from transformer_lens.hook_points import HookPoint
-
-    if model not in _points:
-        inside = [m for block in model.blocks for m in block.attn.modules()]
-        _points[model] = [m for m in inside if isinstance(m, HookPoint)]
-    return _points[model]
-
-
-@contextmanager
-def native_attention(model: TransformerBridge) -> Iterator[None]:
-    """Inside the ``with`` block, attention runs in transformers' own fused kernel.
-
-    The bridge's attention shows every step of itself to hooks. For that it repeats the keys and
-    values of grouped heads at every pass, a fifth of the time of a large batch. Where nobody looks
-    inside (no hook on any of the attention's points), the original does the same sums. In float32
-    only: with fewer digits the two round so differently that most completions would turn.
-    """
-    from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
-        PositionEmbeddingsAttentionBridge,
-    )
-
-    config = model.original_model.config
-    before = config._attn_implementation
-    bridges: list[Any] = [getattr(block, "attn", None) for block in model.blocks]
-    if (
-        model.cfg.dtype != torch.float32
-        or not all(type(attn) is PositionEmbeddingsAttentionBridge for attn in bridges)
-        or not getattr(model.original_model, "_supports_sdpa", False)
-        or getattr(config, "attn_logit_softcapping", None) is not None
-        or any(point.fwd_hooks for point in _attention_points(model))
-    ):
-        yield
-        return
-    try:
-        config._attn_implementation = "sdpa"
-        for attn in bridges:
-            attn.__dict__["forward"] = attn.original_component.forward
-        yield
-    finally:
-        config._attn_implementation = before
-        for attn in bridges:
-            attn.__dict__.pop("forward", None)

@@ -15,6 +15,7 @@ import torch
 
 from ..engine import decode
 from ..engine.decode import Row, Sampling, make_rows
+from ..engine.native import Passes
 from ..hooks import BatchHooks
 from ..interventions import (
     Condition,
@@ -63,20 +64,23 @@ def token_logprobs(
         float32 ``[token - 1]`` for each row, on the CPU, natural logarithms.
     """
     found: list[Any] = [None] * len(rows)
+    passes = Passes(model)
     order = sorted(range(len(rows)), key=lambda r: len(rows[r][0]))
     size = max(1, _TOKENS_PER_BATCH // max((len(ids) for ids, _ in rows), default=1))
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]
         ids = [list(rows[r][0]) for r in batch]
-        tokens, mask = pad_left(ids, pad_id(model), input_device(model))
-        prompts = [len(i) if n_prompt is None else n_prompt for i in ids]
-        hooks = BatchHooks(model, [rows[r][1] for r in batch], prompts)
+        acts = [rows[r][1] for r in batch]
+        levels = passes.levels(acts, range(len(batch)), list(map(tuple, ids)))
+        base = [ids[i] for i in levels.rows[0]]
+        tokens, mask = pad_left(base, pad_id(model), input_device(model))
+        hooks = BatchHooks(model, acts, [len(i) if n_prompt is None else n_prompt for i in ids])
         hooks.window([len(i) - tokens.shape[1] for i in ids], tokens.shape[1])
-        with torch.no_grad(), hooks.hooks():
-            logits = model.forward(tokens, attention_mask=mask)
-        for r, i, row in zip(batch, ids, logits, strict=True):
-            target = torch.tensor(i[1:], device=row.device)[:, None]
-            scores = row[-len(i) : -1].float().log_softmax(-1)
+        with torch.no_grad():
+            logits = passes.forward(tokens, mask, hooks=hooks, levels=levels)
+        for r, i, place in zip(batch, ids, levels.place[-1], strict=True):
+            target = torch.tensor(i[1:], device=logits.device)[:, None]
+            scores = logits[place, -len(i) : -1].float().log_softmax(-1)
             found[r] = scores.gather(1, target)[:, 0].cpu()
     return found
 
@@ -99,7 +103,7 @@ def continuation_logprobs(
         key=lambda i: (len(rows[i].prompt_ids), rows[i].prompt, rows[i].condition),
     )
     longest = max(map(len, targets), default=1)
-    fits = decode.rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + longest)
+    fits = decode.rows_at_once(model, max(len(r.prompt_ids) for r in rows) + longest)
     size = max(1, min(fits, _BYTES_PER_BATCH // (4 * model.cfg.d_vocab * longest)))
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]
@@ -381,7 +385,7 @@ def _next_token_logprobs(
     length = {r.prompt: len(r.prompt_ids) for r in rows if not r.condition}
     order = sorted(rows, key=lambda r: (length[r.prompt], r.prompt, r.condition))
     size = max(1, _BYTES_PER_BATCH // (4 * model.cfg.d_vocab))
-    fits = decode.rows_that_fit(model, max(len(r.prompt_ids) for r in rows) + 1)
+    fits = decode.rows_at_once(model, max(len(r.prompt_ids) for r in rows) + 1)
     for batch, logits in decode.first_logits(model, order, min(size, fits)):
         yield from zip(batch, logits.float().log_softmax(-1), strict=True)
 

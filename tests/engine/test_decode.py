@@ -30,6 +30,7 @@ def texts(frame: Any) -> dict[Any, str]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_cached_equals_uncached_under_every_intervention(tiny: Any, architecture: str) -> None:
     model, _ = tiny(architecture)
     conditions: dict[str, Any] = {
@@ -47,6 +48,7 @@ def test_cached_equals_uncached_under_every_intervention(tiny: Any, architecture
 
 @pytest.mark.parametrize("at", ["generated", "all", "front", [-1], [8]])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_greedy_equals_a_hand_written_loop(tiny: Any, architecture: str, at: Any) -> None:
     """Independent truth: greedy decoding of the transformers model under a PyTorch hook."""
     model, plain = tiny(architecture)
@@ -70,6 +72,7 @@ def test_greedy_equals_a_hand_written_loop(tiny: Any, architecture: str, at: Any
     assert got.n_tokens[0] == len(new)
 
 
+@pytest.mark.usefixtures("way")
 def test_generated_covers_the_first_new_token(model: Any, plain_model: Any) -> None:
     """The last prompt position predicts the first new token; steering it must change that."""
     v = noise(model, 20, size=40)
@@ -86,6 +89,7 @@ def test_generated_covers_the_first_new_token(model: Any, plain_model: Any) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("way")
 def test_a_completion_depends_on_its_own_row_alone(model: Any) -> None:
     """Not on the batch, its size, the other prompts or the other conditions."""
     v = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=3)
@@ -117,6 +121,7 @@ SHARED: dict[str, tuple[list[str], Any, bool]] = {
 
 @pytest.mark.parametrize("case", SHARED)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_what_all_prompts_begin_with_runs_once(
     tiny: Any, architecture: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +164,7 @@ def test_more_samples_and_tokens_keep_the_earlier_ones(tiny: Any) -> None:
         assert many.completion[i].startswith(few.completion[i])
 
 
+@pytest.mark.usefixtures("way")
 def test_rows_leave_when_they_end_and_stop(tiny: Any) -> None:
     model, _ = tiny("llama")
     free = sl.generate(model, PROMPTS, None, 8, 30, top_p=1.0, progress=False)
@@ -180,15 +186,27 @@ def test_a_smaller_batch_after_running_out_of_memory(
 ) -> None:
     model, _ = tiny("llama")
     expected = sl.generate(model, PROMPTS, None, 4, 6, progress=False)
-    forward = type(model).forward
+    forward = decode.Passes.forward
 
     def tight(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         if len(tokens) > 3:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return forward(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "forward", tight)
+    monkeypatch.setattr(decode.Passes, "forward", tight)
     assert sl.generate(model, PROMPTS, None, 4, 6, progress=False).equals(expected)
+
+
+@given(st.lists(st.integers(0, 6), max_size=80))
+def test_targets_of_similar_length_run_together(lengths: list[int]) -> None:
+    groups = decode._by_length(lengths)
+    rows = [i for _, which in groups for i in which]
+    assert sorted(rows) == [i for i, n in enumerate(lengths) if n]
+    for columns, which in groups:
+        assert columns == max(lengths[i] for i in which)
+    passes = sum(columns * len(which) for columns, which in groups)
+    assert passes - sum(lengths) < 32 * 6  # what padding may cost: less than a pass each
+    assert passes <= max(lengths, default=0) * len(rows)
 
 
 # ---------------------------------------------------------------- sampling

@@ -13,7 +13,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, adding, mixture, n_hooks, noise, reference_logits
+from conftest import ARCHITECTURES, adding, mixture, n_hooks, noise, reference_logits, shapes_of
 
 import steerlib as sl
 from steerlib.engine import decode, generate
@@ -44,27 +44,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[int, ...]]]:
-    """``passes(model)`` -> a list that grows by the shape [row, column] of every forward pass."""
-
-    def watch(model: Any) -> list[tuple[int, ...]]:
-        shapes: list[tuple[int, ...]] = []
-        forward = type(model).forward
-
-        def counting(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-            shapes.append(tuple(tokens.shape))
-            return forward(self, tokens, *args, **kwargs)
-
-        monkeypatch.setattr(type(model), "forward", counting)
-        return shapes
-
-    return watch
-
-
 # ---------------------------------------------------------------- completions
 
 
+@pytest.mark.usefixtures("way")
 def test_zero_coefficient_gives_the_control(model: Any) -> None:
     v = vector(model, 3, 2)
     conditions = {"control": None, "zero": 0 * v, "Zero": sl.Add(v, coefficient=0)}
@@ -73,6 +56,7 @@ def test_zero_coefficient_gives_the_control(model: Any) -> None:
     assert groups["control"] == groups["zero"] == groups["Zero"]
 
 
+@pytest.mark.usefixtures("way")
 def test_hooks_never_leak(tiny: Any) -> None:
     model, _ = tiny("llama")
     v = vector(model, 1)
@@ -134,6 +118,7 @@ def test_bad_input_gets_a_sentence(tiny: Any, arguments: dict[str, Any], words: 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_choice_probabilities_equal_plain_transformers(tiny: Any, architecture: str) -> None:
     model, plain = tiny(architecture)
     options = ["a", "b", "c"]
@@ -166,22 +151,20 @@ def test_choice_probabilities_equal_plain_transformers(tiny: Any, architecture: 
     assert got.groupby("prompt").a.nunique().min() > 1  # the conditions do something
 
 
-def test_a_prompt_runs_once_for_conditions_that_leave_it_alone(
-    tiny: Any, passes: Callable[[Any], list[tuple[int, ...]]]
-) -> None:
+def test_a_prompt_runs_once_for_conditions_that_leave_it_alone(tiny: Any, way: str) -> None:
     model, _ = tiny("llama")
     longest = max(len(sl.encode(model, p)) for p in PROMPTS)
     conditions: dict[str, Any] = {
         str(c): sl.Add(vector(model, 1), at="generated", coefficient=c) for c in range(1, 20)
     }
     conditions |= {"last": sl.Ablate(vector(model, 2), at=[-1]), "unsteered": None, "zero": []}
-    shapes = passes(model)
-    sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
+    with shapes_of(model) as shapes:
+        sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
     # All but the last token once per prompt, then one token per condition; two of them are none.
     assert shapes == [(len(PROMPTS), longest - 1), (len(PROMPTS) * (len(conditions) - 1), 1)]
-    shapes.clear()
     conditions["front"] = sl.Add(vector(model, 1), at="front")
-    sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
+    with shapes_of(model) as shapes:
+        sl.choice_probabilities(model, PROMPTS, ["a", "b"], conditions)
     assert shapes[0] == (2 * len(PROMPTS), longest - 1)  # once more for the one that does not
 
 
@@ -205,6 +188,7 @@ def test_options_are_different_single_tokens(tiny: Any, options: Any, words: str
 
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_capture_generation_reads_what_hooks_read(
     tiny: Any, architecture: str, steered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

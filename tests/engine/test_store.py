@@ -112,16 +112,16 @@ def test_a_stop_function_is_not_kept(tiny: Any, tmp_path: Path) -> None:
 SLOW_SWEEP = """
 import sys, time
 import steerlib as sl
-from steerlib.engine import generate
+from steerlib.engine import decode, generate
 import test_store as t
 folder, cache = sys.argv[1:]
 model = sl.load_model(folder, device="cpu")
 generate._SHARD = 4
-forward = type(model).forward
+forward = decode.Passes.forward
 def slow(*args, **kwargs):
     time.sleep(0.05)
     return forward(*args, **kwargs)
-type(model).forward = slow
+decode.Passes.forward = slow
 print("begin", flush=True)
 sl.generate(model, t.PROMPTS, t.mixture(model), cache=cache, **t.RUN)
 print("end", flush=True)

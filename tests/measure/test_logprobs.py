@@ -18,6 +18,7 @@ from conftest import (
     plain_logits,
     positions,
     reference_logits,
+    shapes_of,
 )
 
 import steerlib as sl
@@ -111,6 +112,7 @@ def check_propensity(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("way")
 def test_propensity_equals_plain_passes(tiny: Any, architecture: str) -> None:
     """One pass per prompt, continuation and condition; all of unequal length."""
     model, plain = tiny(architecture)
@@ -120,6 +122,7 @@ def test_propensity_equals_plain_passes(tiny: Any, architecture: str) -> None:
     assert n_hooks(model) == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_propensity_on_the_real_model(model: Any, plain_model: Any) -> None:
     """With lists per prompt, and prompts that begin with the same words."""
     kept = ("unsteered", "front", "generated", "zeroed")
@@ -155,23 +158,20 @@ def test_propensity_does_not_depend_on_the_batch(
     assert alone.propensity.tolist() == pytest.approx(together.propensity.tolist(), abs=1e-4)
 
 
-def test_prompts_run_once_for_all_continuations(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_run_once_for_all_continuations(tiny: Any, way: str) -> None:
     model, _ = tiny("llama")
-    ran: list[int] = []
-    forward = type(model).forward
-
-    def counted(self: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        ran.append(tokens.numel())
-        return forward(self, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counted)
     v = noise(model, 1)
     conditions = {str(c): sl.Add(v, "generated", c) for c in range(10)}
     texts = [" a", " b", " c", " d"]
     n = len(sl.encode(model, LONG[0]))
-    sl.propensity(model, LONG[0], texts[:2], texts[2:], conditions)
-    width = max(len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
-    assert sum(ran) == (n - 1) + len(conditions) * (1 + len(texts) * (width - 1))
+    behind = [len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) - 1 for t in texts]
+    for layer, times in ((0, 1), (3, len(conditions))):
+        with shapes_of(model, layer) as shapes:
+            sl.propensity(model, LONG[0], texts[:2], texts[2:], conditions)
+        if way == "bridge":  # below the interventions, only native passes share
+            times = len(conditions)
+        ran = sum(rows * columns for rows, columns in shapes)
+        assert ran == (n - 1) + times * (1 + sum(behind))
 
 
 def test_continuation_table(tiny: Any) -> None:
@@ -230,6 +230,7 @@ def test_perplexity_equals_the_loss_of_transformers(model: Any, plain_model: Any
         assert row.n_tokens == ids.shape[1] - 1
 
 
+@pytest.mark.usefixtures("way")
 def test_perplexity_under_steering_equals_a_hand_calculation(model: Any, plain_model: Any) -> None:
     v = 4 * sl.SteeringVector.from_prompts(model, " wedding", " ", layer=6)
     d = sl.SteeringVector({10: 3 * torch.ones(1, 576)}, "resid_post", "all")
@@ -251,6 +252,7 @@ def test_perplexity_under_steering_equals_a_hand_calculation(model: Any, plain_m
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.usefixtures("way")
 def test_token_changes_are_log_probabilities_of_the_plain_model(
     tiny: Any, architecture: str
 ) -> None:
@@ -336,6 +338,7 @@ def test_completion_surprisal_under_a_condition_and_of_nothing(tiny: Any) -> Non
 # ---------------------------------------------------------------- the next token
 
 
+@pytest.mark.usefixtures("way")
 def test_next_token_shift(model: Any, plain_model: Any) -> None:
     v = 4 * sl.SteeringVector.from_prompts(model, " wedding", " ", layer=6)
     prompt = "I went up to my friend and said"
@@ -378,6 +381,7 @@ def test_next_token_logprobs_are_those_of_next_token_shift(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.usefixtures("way")
 def test_kl_by_prompt_is_torchs_kl_divergence(tiny: Any, architecture: str) -> None:
     model, plain = tiny(architecture)
     vector = wedding(model)
