@@ -471,8 +471,6 @@ def test_markup_is_text_in_every_table() -> None:
     tokens = pd.DataFrame(
         {"text": [EVIL], "token": [EVIL], "before": [-1.0], "after": [-2.0], "change": [-1.0]}
     )
-    table = pd.DataFrame(
-        [[EVIL, "0", "+1", EVIL]], columns=["vector", "layer", "coefficient", "0"]
-    )
+    table = pd.DataFrame([[EVIL, "0", "+1", EVIL]], columns=["vector", "layer", "coefficient", "0"])
     for page in (tables.side_by_side(frame), tables.token_heatmap(tokens), tables.alignment(table)):
         assert "<script" not in page.data and "&lt;script&gt;" in page.data

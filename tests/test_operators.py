@@ -586,6 +586,13 @@ def test_they_work_in_a_panel(tiny: Any) -> None:
                                progress=False)  # fmt: skip
         assert expected.completion[0].strip() in panel.output.value
         assert f"sl.{op.title()}(" in panel.code()
+        model_line, *lines = panel.code().splitlines()
+        names = {"sl": sl, "model": model, "vector": v, "toward": other, "direction": other}
+        exec("\n".join(lines), names)
+        assert names["completions"].completion.tolist()[1:] == expected.completion.tolist()
+        named = {line.split(":")[0] for line in lines if line.startswith("# ")}
+        assert named == {"clamp": {"# vector"}, "rotate": {"# vector", "# toward"},
+                         "when": {"# vector", "# direction"}}[op]  # fmt: skip
 
 
 # ---------------------------------------------------------------- bad input
