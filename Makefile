@@ -202,7 +202,7 @@ ifneq ($(AFTER),)
 $(LAST): $(filter $(STATE)/0% $(STATE)/10_%,$(DONE))
 endif
 ifneq ($(wildcard $(LAST)),)
-ifneq ($(shell find $(FIGS) -name '[0-9]*_claims.csv' -newer $(LAST) 2> /dev/null),)
+ifneq ($(shell find '$(FIGS)' -name '[0-9]*_claims.csv' -newer $(LAST) 2> /dev/null),)
 $(LAST): FORCE
 endif
 endif

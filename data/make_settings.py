@@ -25,6 +25,8 @@ from steerlib.measure import stats
 DEPTHS = (0.1, 0.2, 0.3, 0.45, 0.6)  # of the model: layers that are tried
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)  # norm of vector over norm of stream
 PAIRS = 5  # of targets and references, from the first on: the cost grows with them
+COLUMNS = ["demonstration", "prompt_number", "family", "control"]
+COLUMNS += ["effect", "target_effect", "shuffled"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -60,17 +62,6 @@ def choose(model: Any, demo: demonstrations.Demonstration) -> pd.DataFrame:
     return ranked.reset_index(drop=True)
 
 
-def measure(model: Any, demo: demonstrations.Demonstration, best: Any) -> pd.DataFrame:
-    """Effects on the test prompts: of the demonstration, and of its matched controls."""
-    vector = best.coefficient * demo.vector(model, int(best.layer))
-    conditions = {sl.Control("demonstration", ""): vector}
-    conditions |= sl.controls(vector, model, n_random=20, unrelated=8)
-    place = {text: i for i, text in enumerate(demo.test)}
-    found = demo.fitting(model, vector).effects(model, conditions, "test", n_continuations=PAIRS)
-    found.insert(0, "prompt_number", found.prompt.map(place))
-    return found.drop(columns=["prompt", "condition"])
-
-
 def replace_rows(path: Path, new: pd.DataFrame) -> None:
     """Put one demonstration's rows into the file of its model."""
     if path.is_file():
@@ -100,9 +91,10 @@ def main() -> None:
         settings.save_settings(pd.DataFrame([row]).round(4).astype({"layer": int, "n_dev": int}))
         if name in demonstrations.BORROWED:  # measured by place, in a notebook of its own
             continue
-        found = measure(model, demo, best)
-        found.insert(0, "demonstration", name)
-        replace_rows(RESULTS / f"effects_{given.model}.csv", found)
+        vector = best.coefficient * demo.vector(model, int(best.layer))
+        found = demonstrations.measure(model, demo, vector, PAIRS)
+        found = found.rename(columns={"prompt": "prompt_number"})[COLUMNS]
+        replace_rows(RESULTS / f"effects_{given.model.replace('/', '--')}.csv", found)
         own = found[found.family == "demonstration"].effect
         others = found[found.family != "demonstration"].groupby("control").effect.mean()
         print(

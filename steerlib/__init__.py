@@ -77,6 +77,7 @@ _MODULES = {
     "demonstrations": "lab.demonstrations",
     "honesty": "lab.honesty",
     "judges": "lab.judges",
+    "methods": "lab.methods",
     "panels": "lab.panels",
     "plots": "lab.plots",
     "settings": "lab.settings",

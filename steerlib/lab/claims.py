@@ -108,7 +108,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         here = tables.quantity(first.value, first.low, first.high, own)
         if len(main) > 1:
             short = f"~{_short(main.value.median(), own)}"
-            here = f"{main.value.min():.3g} … {main.value.max():.3g} {own}".strip()
+            here = f"{main.value.min():.2g} … {main.value.max():.2g} {own}".strip()
         rows.append(
             {
                 **first[["notebook", "experiment", "source", "claim", "source_statement"]],
@@ -219,7 +219,7 @@ def _by_size(table: pd.DataFrame, most: str, demonstrations: pd.DataFrame) -> st
         index="claim", columns="model", values="yes"
     )
     for other in sorted(set(holds) - {most}, key=size):
-        both = holds[[most, other]].dropna()
+        both = holds[[most, other]].dropna().astype(bool)
         if len(both):
             a, b = both[most].sum(), both[other].sum()
             said.append(

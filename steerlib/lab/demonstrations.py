@@ -20,7 +20,7 @@ from ..interventions import Conditions, named
 from ..measure import logprobs, stats
 from ..models.packaged import MODELS
 from ..tokens import encode
-from ..vectors import SteeringVector
+from ..vectors import Control, SteeringVector, controls
 from . import datasets, settings
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def results() -> pd.DataFrame:
 
     frames = []
     paths = {
-        path.stem.removeprefix("effects_"): path
+        path.stem.removeprefix("effects_").replace("--", "/"): path  # of a hub's name, or a folder
         for path in sorted((datasets.folder() / "results").glob("effects_*.csv"))
     }
     for name in sorted(paths, key=lambda m: list(MODELS).index(m) if m in MODELS else len(MODELS)):
@@ -281,6 +281,39 @@ def results() -> pd.DataFrame:
     if not frames:
         raise ValueError("There are no results: run data/make_settings.py.")
     return pd.concat(frames, ignore_index=True)
+
+
+def measure(
+    model: TransformerBridge, demo: Demonstration, vector: SteeringVector, n: int | None = None
+) -> pd.DataFrame:
+    """Effects on the test prompts: of a demonstration's vector, and of its matched controls.
+
+    Args:
+        n: of targets and references each, from the first on; all by default.
+
+    Returns:
+        What `results` has of one demonstration in one model.
+    """
+    conditions = {Control("demonstration", ""): vector}
+    conditions |= controls(vector, model, n_random=20, unrelated=8)
+    place = {text: i for i, text in enumerate(demo.test)}
+    found = demo.fitting(model, vector).effects(model, conditions, "test", n_continuations=n)
+    found["prompt"] = found.prompt.map(place)
+    return found.drop(columns="condition").assign(demonstration=demo.id)
+
+
+def measured(model: TransformerBridge, names: Sequence[str], n: int | None = 5) -> pd.DataFrame:
+    """What `results` would have of some demonstrations in a model, measured now, at the settings of
+    `settings.vector_settings`: for a model that has no stored results.
+
+    Args:
+        n: of targets and references each.
+    """
+    import pandas as pd
+
+    demos = [load(name) for name in names]
+    frames = [measure(model, demo, demo.chosen(model), n) for demo in demos]
+    return pd.concat(frames, ignore_index=True).assign(model=model.cfg.model_name)
 
 
 def summary(frame: pd.DataFrame, bound: float, value: str = "effect") -> pd.DataFrame:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..activations import capture_pairs
@@ -16,15 +17,19 @@ from ..engine.generate import choice_probabilities
 from ..files import Store, digest, model_key
 from ..interventions import Conditions, as_interventions, name_columns, named
 from ..measure import stats
-from ..measure.answers import leanings
+from ..measure.answers import crossed_effects, leanings
 from ..measure.probes import layer_accuracy
 from ..vectors import Control, SteeringVector
 from .datasets import ContrastPairs, contrast_pairs, load
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
+
+
+# The system prompt under which claims are asked: of those that notebook 08 tries on training
+# claims, the one with the smallest label bias.
+SYSTEM = "You answer with the letter of the right choice and its text."
 
 
 @dataclass(frozen=True)
@@ -124,16 +129,57 @@ def ask(
     if cache is None:
         said = choice_probabilities(model, asked.prefixes, asked.options, conditions)
     else:
-        by_name = named(conditions)
-        acts = [[act.key() for act in as_interventions(c, model)] for c in by_name.values()]
-        facts = (*model_key(model), asked.prefixes, asked.options, name_columns(list(by_name)))
-        store, key = Store(cache), digest("steerlib.ask.1", *facts, acts)[:32]
-        if (known := store.read(key)) is None:
-            fresh = choice_probabilities(model, asked.prefixes, asked.options, by_name)
-            known = fresh.to_dict("list")
-            store.write(key, known)
-        said = pd.DataFrame(known)
+        by_name, store = named(conditions), Store(cache)
+        facts = ("steerlib.ask.2", *model_key(model), asked.prefixes, asked.options)
+        acts = {name: as_interventions(c, model) for name, c in by_name.items()}
+        keys = {name: digest(*facts, [a.key() for a in act])[:32] for name, act in acts.items()}
+        known = {name: store.read(key) for name, key in keys.items()}
+        columns = [*asked.options, "total_probability"]
+        if todo := {name: by_name[name] for name, found in known.items() if found is None}:
+            fresh = choice_probabilities(model, asked.prefixes, asked.options, todo)
+            values = fresh[columns].to_numpy().reshape(len(asked), len(todo), len(columns))
+            for i, name in enumerate(todo):
+                known[name] = values[:, i].tolist()
+                store.write(keys[name], known[name])
+        rows = np.array([known[name] for name in by_name]).transpose(1, 0, 2)
+        said = pd.DataFrame(
+            {
+                "prompt": np.repeat(asked.prefixes, len(by_name)),
+                **name_columns(list(by_name) * len(asked)),
+                **dict(zip(columns, rows.reshape(-1, len(columns)).T, strict=True)),
+            }
+        )
     return leanings(said, asked.prefixes, asked.labels, asked.options)
+
+
+def steering_by_layer(
+    model: TransformerBridge,
+    fitted: Fit,
+    n: int,
+    coefficient: float = 0.4,
+    cache: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """What adding the component at each layer alone does to claims on which it was fitted.
+
+    Args:
+        n: how many of these claims, with their twins.
+        coefficient: in lengths of the stream.
+
+    Returns:
+        Mean effects in nats: one row a layer, columns label, meaning and honesty.
+    """
+    layers = range(len(fitted.component))
+    pushed = {f"layer {layer}": coefficient * fitted.vector([layer]) for layer in layers}
+    said = ask(model, fitted.trained(n), {"unsteered": None, **pushed}, system=SYSTEM, cache=cache)
+    table = stats.effect_table(crossed_effects(said), ["condition", "factor"])
+    wide = table.pivot(index="condition", columns="factor", values="effect").loc[list(pushed)]
+    return wide.set_axis(list(layers)).rename_axis(index="layer", columns=None)
+
+
+def steering_layer(by_layer: pd.DataFrame) -> int:
+    """The layer that steers most, by `steering_by_layer`: by what the answer says, meaning or
+    honesty, whichever moves more; a push of the label alone does not count."""
+    return int(by_layer[["meaning", "honesty"]].abs().max(axis=1).idxmax())
 
 
 def control_limits(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

@@ -365,7 +365,7 @@ def forest(
                     markerfacecolor=face, label=label, zorder=3,
                 )  # fmt: skip
             ax.set_xscale("symlog", linthresh=1, linscale=0.8)
-            ticks = (-10, -1, 0, 1, 10) if len(names) > 2 else (-30, -10, -3, -1, 0, 1, 3, 10, 30)
+            ticks = (-10, -1, 0, 1, 10) if len(names) > 1 else (-30, -10, -3, -1, 0, 1, 3, 10, 30)
             ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
             ax.minorticks_off()
             ax.set_title(str(name).replace("-", "-\n", 1) if len(names) > 2 else str(name))
@@ -756,9 +756,10 @@ def shade(change: float, limit: float) -> str:
 
 
 def token_heatmap_figure(
-    frame: pd.DataFrame, *, title: str = "", limit: float = 3.0, width: int = 54
+    frame: pd.DataFrame, *, title: str = "", caption: str = "", limit: float = 3.0, width: int = 54
 ) -> Figure:
-    """`tables.token_heatmap` as a figure, lines broken after ``width`` characters."""
+    """`tables.token_heatmap` as a figure, lines broken after ``width`` characters; ``caption`` is a
+    line below it."""
     lines: list[list[Any]] = []
     for _, tokens in frame.groupby("text", sort=False):
         line: list[Any] = []
@@ -770,9 +771,11 @@ def token_heatmap_figure(
         lines += [line, []]
     size = WIDTH * 72 * 0.98 / (0.61 * width)  # a monospaced character is 0.6 of its size wide
     with plt.rc_context({**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}):
-        height = 1.5 + 0.0235 * size * len(lines)
+        said = textwrap.fill(caption, 62)
+        below = 0.17 * (said.count("\n") + 1) + 0.05 if said else 0.0
+        height = 1.5 + below + 0.0235 * size * len(lines)
         figure, ax = plt.subplots(figsize=(WIDTH, height))
-        figure.subplots_adjust(0.01, 0.75 / height, 0.99, 1 - 0.4 / height)
+        figure.subplots_adjust(0.01, (0.75 + below) / height, 0.99, 1 - 0.4 / height)
         ax.set(xlim=(0, width), ylim=(len(lines), 0))
         ax.axis("off")
         for y, line in enumerate(lines):
@@ -796,10 +799,11 @@ def token_heatmap_figure(
             matplotlib.colors.Normalize(-limit, limit), matplotlib.colors.ListedColormap(colours)
         )
         ticks = np.linspace(-limit, limit, 7)
-        place = figure.add_axes((0.1, 0.48 / height, 0.8, 0.1 / height))
+        place = figure.add_axes((0.1, (0.48 + below) / height, 0.8, 0.1 / height))
         bar = figure.colorbar(scale, cax=place, orientation="horizontal", ticks=ticks)
         bar.ax.set_xticklabels([f"×{np.exp(t):.2g}" for t in ticks])
         bar.set_label("probability, after / before (underlined: down)")
+        figure.text(0.01, 0.04 / height, said, va="bottom", color="#555555")
         figure.suptitle(title)
         return figure
 

@@ -127,8 +127,8 @@ def token_heatmap(frame: pd.DataFrame, limit: float = 3.0) -> HTML:
         frame: as `logprobs.token_changes` returns it; one line per text.
         limit: the change, in nats, that gets the full colour; 3 is about twentyfold.
 
-    Green is up and red down, as in the source; red tokens are underlined besides, for readers to
-    whom the colours look alike. Hover a token for its numbers.
+    Green is up and orange (in the source: red) down; orange tokens are underlined besides, for
+    readers to whom the colours look alike. Hover a token for its numbers.
 
     Source: Turner et al. 2023, "Visualizing token probability changes across a corpus".
     """
@@ -228,7 +228,7 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
     Args:
         rows: one row per claim and model: claim (as in ``data/source_claims.csv``), model, value,
             low, high (the interval), verdict (as `stats.verdict` gives it), and if need be unit
-            (by default the source's) and note.
+            (by default the source's), note, and section (a heading above the rows that share it).
         notebook: whose claims these are, such as ``01_love_hate``.
 
     Returns:
@@ -280,8 +280,11 @@ def _folded(title: str, lines: Sequence[str] | pd.Series) -> str:
 def _page(joined: pd.DataFrame) -> Styler:
     """The joined table as it is shown: what the source says once, beside the first model."""
     shown: list[list[str]] = []
-    previous = None
+    previous = section = None
     for row in joined.to_dict("records"):
+        if row.get("section", section) != section:
+            section = row["section"]
+            shown.append([section.upper(), *[""] * 5])
         again = row["claim"] == previous
         number = quantity(*(row[f"source_{c}"] for c in ("number", "low", "high", "unit")))
         holds = row["source_holds"] + (f": {number}" if number else "")
@@ -303,7 +306,7 @@ def _page(joined: pd.DataFrame) -> Styler:
         table.style.format(escape="html")
         .hide(axis="index")
         .set_properties(**{**cells, "max-width": "22em"})
-        .map(lambda cell: f"color:{colours[cell]};font-weight:bold", subset=["verdict"])
+        .map(lambda cell: f"color:{colours.get(cell, '')};font-weight:bold", subset=["verdict"])
         .set_table_styles(
             [
                 {"selector": "th", "props": [("text-align", "left")]},
@@ -333,7 +336,7 @@ def quantity(value: Any, low: Any, high: Any, unit: Any = "", sign: bool = False
         small = 0 < abs(x) < 0.001
         one = ("< 0.001" if x > 0 else "> -0.001") if small else f"{x:{plus}.3g}"
         one = f"{x:{plus}.0f}" if abs(x) >= 1000 else one
-        return f"{one}{' [-inf, inf]' if width == np.inf else ''}{behind}"
+        return f"{one}{f' [{a:g}, {b:g}]' if width == np.inf else ''}{behind}"
     if max(map(abs, numbers)) < 0.0005:
         return f"within ±0.001{behind}"
     decimals = int(np.clip(1 - np.floor(np.log10(width)), 0, 3))

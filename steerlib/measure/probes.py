@@ -97,8 +97,9 @@ def pair_differences(
     methods: Sequence[str] = METHODS,
     *,
     fit: Sequence[bool] | None = None,
+    held_out: Sequence[bool] | None = None,
     n_random: int = 0,
-    unrelated: Mapping[str, Sequence[bool]] | None = None,
+    unrelated: Mapping[str, np.ndarray] | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -110,6 +111,7 @@ def pair_differences(
         layers: what to call the layers; 0, 1, ... by default.
         fit: one truth value a pair: fit to these alone, such as the source's order of the options.
             Held out, all pairs are tried; in training, those that were fitted.
+        held_out: one truth value a pair: these are tried, and the others fitted, in place of folds.
         n_random: how many random directions.
         unrelated: name -> one truth value a pair: as many directions, each the mean difference of
             the pairs of a kind (such as long claims) and the rest. Random and unrelated directions
@@ -128,7 +130,7 @@ def pair_differences(
     """
     import pandas as pd
 
-    parts = splits(acts, labels, folds, seed, 4, fit)
+    parts = splits(acts, labels, folds, seed, 4, fit, held_out)
     names = list(range(acts.shape[2])) if layers is None else list(layers)
     if len(names) != acts.shape[2]:
         raise ValueError(f"{len(names)} layers are named, the activations have {acts.shape[2]}.")
@@ -144,9 +146,10 @@ def pair_differences(
         diffs, middle = (here[:, 0] - here[:, 1]).numpy(), here.mean(1).numpy()
         whole = np.zeros(0)  # the directions of all pairs
         for split in ("train", "held-out"):
-            tried = parts[0][1] if split == "train" else np.arange(len(diffs))
+            now = parts[:1] if split == "train" else parts[1:]
+            tried = np.sort(np.concatenate([test for _, test in now]))
             out, turn = np.zeros((2, len(family), len(diffs)))
-            for train, test in parts[:1] if split == "train" else parts[1:]:
+            for train, test in now:
                 fitted = unit_directions(here[train], methods) if methods else {}
                 others = [*noise, *(_kind(middle[train], kind[train]) for kind in kinds.values())]
                 signed = [v if v @ diffs[train].mean(0) >= 0 else -v for v in others]
@@ -188,7 +191,7 @@ def chosen_layers(
     """
     import pandas as pd
 
-    chosen = {}
+    chosen: dict[int, int] = {}
     for train, test in splits(acts, labels, folds, seed, 4, fit)[1:]:
         own = labels.iloc[(2 * train[:, None] + [0, 1]).ravel()].reset_index(drop=True)
         inner = pair_differences(acts[train], own, layers, [method], folds=folds - 1, seed=seed)
@@ -299,13 +302,14 @@ def component_table(
     folds: int = 5,
     seed: int = 0,
     fit: Sequence[bool] | None = None,
+    held_out: Sequence[bool] | None = None,
 ) -> pd.DataFrame:
     """What each principal component separates, on held-out pairs.
 
     Args:
         acts: ``[pair, 2, d_model]``, one layer.
         labels: of the `ContrastPairs`.
-        fit: as for `pair_differences`.
+        fit, held_out: as for `pair_differences`.
 
     Returns:
         One row per component x factor x measure: component (1, 2, ...), explained (share of
@@ -319,7 +323,7 @@ def component_table(
     import pandas as pd
     from sklearn.metrics import roc_auc_score
 
-    everything, *parts = splits(acts, labels, folds, seed, 3, fit)
+    everything, *parts = splits(acts, labels, folds, seed, 3, fit, held_out)
     explained = principal_components(acts[everything[0]], n_components, of)[1].numpy()
     factors = {"honesty": labels.honest, "label": labels.label == "A"}
     if labels.truth.notna().all():
@@ -423,9 +427,11 @@ def splits(
     seed: int,
     ndim: int,
     fit: Sequence[bool] | None = None,
+    held_out: Sequence[bool] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(train, test) pair numbers: first all pairs in both, then each fold. Trained are those of
-    ``fit`` alone; all are tested, but in the first part the same."""
+    """(train, test) pair numbers: first all pairs in both, then each fold; or, in place of the
+    folds, the pairs ``held_out``, which then are not in the first part either. Trained are those
+    of ``fit`` alone; all are tested, but in the first part the same."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     honest = labels[labels.honest.astype(bool)]
@@ -437,7 +443,7 @@ def splits(
     if list(honest.index) != list(labels.index[::2]):
         raise ValueError("In the labels every honest answer must stand before its dishonest one.")
     side, group = honest.label.to_numpy(), honest.pair.to_numpy()
-    if len(set(group)) < folds or min((side == s).sum() for s in "AB") < folds:
+    if held_out is None and len(set(group)) < folds or min((side == s).sum() for s in "AB") < folds:
         raise ValueError(
             f"{folds} folds need at least as many separate claims, and so many with each answer: "
             f"there are {len(set(group))} claims, {(side == 'A').sum()} with the honest answer A."
@@ -450,6 +456,12 @@ def splits(
         sides = [rng.permutation(fitted[side[fitted] == s]) for s in "AB"]
         return np.sort(np.concatenate([s[: min(map(len, sides))] for s in sides]))
 
+    if held_out is not None:
+        apart = np.asarray(held_out, dtype=bool)
+        train, test = np.flatnonzero(~apart), np.flatnonzero(apart)
+        if torn := set(group[train]) & set(group[test]):
+            raise ValueError(f"Twins belong together: {sorted(torn)[0]} is held out in part only.")
+        return [(balanced(train), train[chosen[train]]), (balanced(train), test)]
     everything = np.arange(len(side))
     kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     parts = [(balanced(train), test) for train, test in kfold.split(side, side, group)]

@@ -120,7 +120,7 @@ def test_page_is_escaped_and_shows_every_model(figs: Path) -> None:
     found.loc[0, "source_statement"] = "<script>"
     shown = claims.page(claims.summary(found)).to_html()
     assert "<script>" not in shown and "&lt;script&gt;" in shown
-    for name in (SMALL, LARGE, "tiny", "● 2 [1, 3] nats", "▼ -1 [-1.5, -0.5] nats"):
+    for name in (SMALL, LARGE, "tiny", "● 2 [1, 3] nats", "▼ -1.0 [-1.5, -0.5] nats"):
         assert name in shown
 
 

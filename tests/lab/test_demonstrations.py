@@ -240,3 +240,19 @@ def test_variants_have_one_strength(tiny: Any) -> None:
         plain = sl.SteeringVector.from_prompts(model, "Love", minus, layer=1).layers[1]
         cosine = torch.nn.functional.cosine_similarity(vector.layers[1].ravel(), plain.ravel(), 0)
         assert float(cosine) == pytest.approx(1)
+
+
+def test_a_model_without_results_is_measured_now(tiny: Any) -> None:
+    """In the form of stored results, at the settings of this model."""
+    model, _ = tiny("llama")
+    found = demonstrations.measured(model, ["1", "15b"], n=2)
+    stored = demonstrations.results()
+    assert set(found) == set(stored) and set(found.family) == set(stored["family"])
+    assert set(found.model) == {model.cfg.model_name}
+    demo = demonstrations.load("15b")
+    vector = demo.chosen(model)
+    alone = demo.fitting(model, vector).effects(model, {"it": vector}, n_continuations=2)
+    own = found[(found.demonstration == "15b") & (found["family"] == "demonstration")]
+    assert own.effect.tolist() == pytest.approx(alone.effect.tolist(), abs=1e-4)
+    assert len(found[found.demonstration == "15b"]) == 29 * len(alone)
+    assert demonstrations.summary(found, 0.25).demonstration.tolist() == ["1", "15b"]

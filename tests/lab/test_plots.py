@@ -289,6 +289,10 @@ def test_token_heatmap_figure_shows_every_token_in_its_colour() -> None:
     assert shown == "a<script> \\$5⏎b c"
     colours = {to_hex(p.get_facecolor()) for p in ax.patches}
     assert {plots.LOSS.lower(), "#ffffff"} <= colours and len(ax.patches) == 3
+    figure = plots.token_heatmap_figure(CHANGES, caption="m, n = 9")
+    figure.canvas.draw()
+    (said,) = (text for text in figure.texts if text.get_text() == "m, n = 9")
+    assert said.get_window_extent().y1 < figure.axes[1].xaxis.label.get_window_extent().y0
 
 
 @pytest.mark.parametrize("ceiling", [0.9, 1e-6])

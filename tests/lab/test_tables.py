@@ -217,6 +217,21 @@ def test_source_vs_here_takes_a_unit_and_a_note_of_its_own(claims: Path) -> None
     assert "<script" not in page.to_html()
 
 
+def test_source_vs_here_puts_headings_above_sections(claims: Path) -> None:
+    rows = judged(
+        ("front", "m", 3, 2, 4, "reproduced"),
+        ("back", "m", 0.1, 0, 0.2, "not seen"),
+        ("missed", "m", 0.1, 0, 0.2, "not seen"),
+        section=["Places", "Places", "Rest"],
+    )
+    shown = cells(sl.tables.source_vs_here(rows, "02_positions"))[1:]
+    assert [row[0] for row in shown] == [
+        "PLACES", SOURCE.statement[0], SOURCE.statement[1], "REST", SOURCE.statement[3]
+    ]  # fmt: skip
+    assert shown[0][1:] == [""] * 4
+    assert len(pd.read_csv(claims / "02_claims.csv")) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -298,6 +313,7 @@ def test_judge_shows_the_natural_quantity(claims: Path) -> None:
         ((12345.6, 12345.6, 12345.6), "12346"),
         ((0.909, "", ""), "0.909"),
         ((0.3, -np.inf, np.inf), "0.3 [-inf, inf]"),
+        ((1.2, 0, np.inf), "1.2 [0, inf]"),
         ((None, 1, 2), ""),
     ],
 )

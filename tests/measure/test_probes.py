@@ -102,6 +102,27 @@ def test_both_orders_tell_meaning_from_label() -> None:
     assert abs(sees["label"]) == pytest.approx(1, abs=1e-2)
 
 
+def test_claims_can_be_held_out_by_name() -> None:
+    """Nothing of them enters: other activations there leave the directions as they are."""
+    acts, labels = both_orders(12, honesty=1, meaning=2, label=1, noise=0.3)
+    out = labels.pair.isin(["p1", "p5", "p6"]).to_numpy()[::2].copy()
+    spoilt = torch.where(torch.tensor(out)[:, None, None], 100 * acts.flip(1), acts)
+    frames = [
+        pair_differences(x[:, :, None], labels, methods=["mean", "pc2"], held_out=out)
+        for x in (acts, spoilt)
+    ]
+    a, b = (f[f.split == "train"].reset_index(drop=True) for f in frames)
+    pd.testing.assert_frame_equal(a, b)
+    assert set(a["pair"]) == set(labels.pair[~np.repeat(out, 2)])
+    a, b = (f[f.split == "held-out"].difference.to_numpy() for f in frames)
+    np.testing.assert_allclose(a, -b, atol=1e-9)  # each in units of its own root mean square
+    table = component_table(acts, labels, 1, held_out=out).set_index(["factor", "measure"])
+    assert table.n["honesty", "pairs"] == 12 and table.accuracy["meaning", "pairs"] == 1
+    half = out & (labels.id[::2] != "c2").to_numpy()
+    with pytest.raises(ValueError, match="p1 is held out in part only"):
+        pair_differences(acts[:, :, None], labels, held_out=half)
+
+
 def test_weights_are_shares_of_the_squared_difference() -> None:
     acts, labels = both_orders(10, honesty=1, meaning=2, label=3, noise=0.01)
     frame = pair_differences(acts[:, :, None], labels, methods=["mass-mean"], n_random=30, folds=2)

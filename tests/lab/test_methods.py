@@ -1,0 +1,170 @@
+"""Ways at one price: doses that cost what they may, effects as measured, winners and ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import steerlib as sl
+from steerlib.lab import methods
+from steerlib.lab.behaviours import Behaviour, neutral
+from steerlib.lab.methods import At, Method
+
+BUDGET = 0.2
+
+
+@pytest.fixture(scope="module")
+def own() -> Behaviour:
+    starts = ["I love", "The ship left", "She asked", "He said", "Words are", "A dog is"]
+    ends = ["today", "in the rain", "because"]
+    prompts = [f"{a} {b}" for a in starts for b in ends]
+    rows = {"split": ["fit"] * 8 + ["dev"] * 5 + ["test"] * 5, "prompt": prompts}
+    return Behaviour("weddings", pd.DataFrame({**rows, "target": " wedding", "reference": " rain"}))
+
+
+@pytest.fixture(scope="module")
+def chosen(tiny: Any, own: Behaviour) -> pd.DataFrame:
+    return methods.select(tiny("llama")[0], own, BUDGET, n=4, n_neutral=4)
+
+
+def price(model: Any, condition: Any, n: int = 4) -> float:
+    return float(sl.kl_by_prompt(model, neutral("dev", n), {"x": condition}).kl.mean())
+
+
+def test_every_way_moves_as_far_as_its_dose(tiny: Any, own: Behaviour) -> None:
+    model, _ = tiny("llama")
+    found = methods.ways(model, own, [2], [1])
+    assert {at.method for at in found} == set(methods.METHODS)
+    acts = own.activations(model, [2])[:, :, 0]
+    size = float(acts.norm(dim=-1).mean())
+    mean = acts[:, 0].mean(0) - acts[:, 1].mean(0)
+    unit = mean / mean.norm()
+    for name in methods.FITTED:
+        vector = found[At(name, 2)](0.3)
+        assert float(vector.norm()[2]) == pytest.approx(0.3 * size, rel=1e-4)
+        assert (vector.at, vector.site) == ("generated", "resid_post")
+        assert float(vector.layers[2][0] @ mean) >= 0
+    front = found[At(methods.ACTADD, 1)](0.3)
+    prompts = own.rows("dev").prompt.tolist()
+    assert sl.demonstrations.strength(model, front, prompts) == pytest.approx(0.3, rel=1e-4)
+    assert front.at == "front"
+    stream = acts[:3, 0]
+    level = float(acts[:, 1].mean(0) @ unit)
+    affine, clamp, rotate = (found[At(m, 2)](0.3) for m in ("Affine", "Clamp", "Rotate"))
+    moved = affine.apply(stream, *(o.expand(3, -1) for o in affine.operands(2)))
+    assert (moved @ unit).tolist() == pytest.approx([level + 0.3 * size] * 3, rel=1e-3)
+    raised = clamp.apply(stream, *(o.expand(3, -1) for o in clamp.operands(2)))
+    wanted = np.maximum((stream @ unit).numpy(), level + 0.3 * size)
+    assert (raised @ unit).numpy() == pytest.approx(wanted, rel=1e-3)
+    turned = rotate.apply(stream, *(o.expand(3, -1) for o in rotate.operands(2)))
+    assert turned.norm(dim=-1).tolist() == pytest.approx(stream.norm(dim=-1).tolist(), rel=1e-4)
+    assert rotate.angle == pytest.approx(np.degrees(0.3)) and bool((turned @ unit).mean() > 0)
+
+
+def test_the_dose_is_the_largest_within_the_budget(tiny: Any, own: Behaviour) -> None:
+    model, _ = tiny("llama")
+    found = methods.ways(model, own, [2], [1])
+    at = At(methods.MEAN, 2)
+    table = methods.doses_within(model, {at: [found[at]]}, BUDGET, 4)
+    dose, kl = table.loc[tuple(at), "dose"], table.loc[tuple(at), "kl"]
+    assert kl == pytest.approx(price(model, found[at](dose)), abs=1e-4)
+    assert kl <= BUDGET < price(model, found[at](1.5 * dose))
+    dear = methods.doses_within(model, {at: [found[at]]}, 1e-9, 4)  # none is that cheap
+    assert dear.loc[tuple(at), "dose"] == methods.DOSES[0]
+
+
+def test_what_is_chosen_is_best_on_dev(tiny: Any, own: Behaviour, chosen: pd.DataFrame) -> None:
+    model, _ = tiny("llama")
+    assert chosen.method.tolist() == [*methods.METHODS, *methods.DRAWS, *methods.FAMILIES]
+    assert chosen[~chosen.method.isin([methods.ACTADD])].layer.nunique() == 1
+    row = chosen.set_index("method").loc[methods.MEAN]
+    way = methods.ways(model, own, [int(row.layer)], [1])[At(methods.MEAN, int(row.layer))]
+    assert price(model, way(row.dose)) <= BUDGET + 1e-4
+    effect = own.effects(model, {"x": way(row.dose)}, "dev", 4).effect.mean()
+    assert row.effect_dev == pytest.approx(effect, abs=1e-3)
+    assert chosen.effect_dev.isna().sum() == len(methods.FAMILIES)
+
+
+def test_measured_are_all_ways_and_all_controls(
+    tiny: Any, own: Behaviour, chosen: pd.DataFrame
+) -> None:
+    model, _ = tiny("llama")
+    named = methods.conditions(model, own, chosen, 3, 2)
+    frame = methods.measure(model, own, named, None, 3)
+    items, members = frame[frame.prompt != ""], frame[frame.prompt == ""]
+    real = {*methods.METHODS, *methods.PROMPTED, methods.BOTH, *methods.DRAWS, *methods.FAMILIES}
+    assert set(items.method) == real and (items.groupby("method").size() == 5).all()
+    assert members.groupby("method").size().to_dict() == {"random": 3, "unrelated": 2}
+    # against the measures, called one by one
+    for name in (Method("Rotate"), Method("instruction"), Method(methods.BOTH)):
+        effects = own.effects(model, {"x": named[name]}, "test")
+        here = items[items.method == name.method].set_index("prompt").effect
+        assert here[effects.prompt].tolist() == pytest.approx(effects.effect.tolist(), abs=1e-3)
+        kl = sl.kl_by_prompt(model, neutral("test", 3), {"x": named[name]}).kl.mean()
+        assert items[items.method == name.method].kl.iloc[0] == pytest.approx(kl, abs=1e-3)
+    family = items[items.method == "random"].effect.mean()
+    assert family == pytest.approx(members[members.method == "random"].effect.mean(), abs=1e-6)
+    texts = methods.prefixes(own)
+    assert texts["instruction"].text == "Write about weddings.\n"
+    assert texts["examples"].text.count("\n") == methods.N_EXAMPLES
+    assert (
+        texts["instruction + examples"].text == texts["instruction"].text + texts["examples"].text
+    )
+
+
+def made_up(**means: float) -> pd.DataFrame:
+    """Twenty items under each method, and members of both families around 0."""
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal(20)
+    rows = [
+        {"method": m, "control": "", "prompt": f"p{i}", "effect": x + e + 0.3 * own, "kl": 0.4}
+        for m, x in means.items()
+        for i, (e, own) in enumerate(zip(shared, rng.standard_normal(20), strict=True))
+    ]
+    rows += [
+        {"method": family, "control": str(i), "prompt": "", "effect": 0.1 * i, "kl": 0.4}
+        for family in methods.FAMILIES
+        for i in range(8)
+    ]
+    return pd.DataFrame(rows).assign(model="m", behaviour="b")
+
+
+def test_summary_asks_for_more_than_both_families() -> None:
+    table = methods.summary(made_up(strong=3.0, weak=0.6, random=0.0)).set_index("method")
+    assert bool(table.works["strong"]) and not table.works[["weak", "random"]].any()
+    assert table.random["strong"] == pytest.approx(0.7)
+    assert table.effect["strong"] == pytest.approx(3.0, abs=0.5)
+
+
+def test_ties_are_called_ties() -> None:
+    frame = made_up(first=3.0, second=2.98, third=1.0, random=0.0)
+    best = methods.against(frame).set_index("method")
+    assert set(best.other) == {"first"} or set(best.other) == {"second"}
+    other = ({"first", "second"} - set(best.other)).pop()
+    assert bool(best.tie[other]) and not best.tie["third"]
+    assert best.difference["third"] == pytest.approx(-2.0, abs=0.3)
+    asked = methods.against(frame, "third").set_index("method")
+    assert asked.difference["first"] == pytest.approx(2.0, abs=0.3) and asked.ahead["first"] == 1
+
+
+def test_results_are_read_by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLIB_DATA", str(tmp_path))
+    (tmp_path / "results").mkdir()
+    with pytest.raises(ValueError, match="There are no results: run data/make_methods.py"):
+        methods.results()
+    for model in ("zzz", "smollm2-135m"):
+        made_up(a=1.0).drop(columns="model").to_csv(
+            tmp_path / "results" / f"methods_{model}.csv", index=False
+        )
+    found = methods.results()
+    assert list(dict.fromkeys(found.model)) == ["smollm2-135m", "zzz"]
+    assert set(found[found.method == "random"].prompt) == {""}
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="'nonsense' has no instruction; affection, "):
+        methods.prompting("nonsense")
