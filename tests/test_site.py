@@ -95,6 +95,7 @@ def test_broken_links_are_found(tmp_path):
         '<a href="https://d.org/e"><script src="b.html?v=1">',
         other: other.read_text(),
     }
+    page.write_text(html[page])
     assert broken(html) == ["a.html: c.png", "a.html: b.html#no"]
 
 
