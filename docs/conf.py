@@ -21,6 +21,7 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
 myst_dmath_allow_space = False  # "$5 and $6" is no formula
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # a notebook may begin with a small heading
 
 # Docstrings: Google style, in the order of the source; one parameter a line where they are many.
 autodoc_member_order = "bysource"

@@ -86,7 +86,7 @@ def test_columns_and_values():
     assert list(rows.columns) == ["demonstration", "role", "split", "origin", "text"]
     assert list(rows["demonstration"].unique()) == IDS
     known = pd.read_csv(DATA / "demonstrations.csv", dtype=str)["id"]
-    assert set(known) - set(IDS) == {"french-codeswitch-16", "french-codeswitch-6"}
+    assert set(known) - set(IDS) == {"14", "french-codeswitch-16", "french-codeswitch-6"}
     assert set(rows["role"]) == set(ROLES)
     assert set(rows["origin"]) == {"source", "ours"}
     prompt = rows["role"].str.startswith("prompt")

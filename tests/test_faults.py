@@ -396,14 +396,15 @@ class Trap:
 
 ABOUT = {"format": "steerlib.vector.1", "site": "resid_pre", "at": "front", "meta": "{}"}
 ONE = {"layer.1": torch.ones(1, 8)}
+NO_SITE = "does not say where in a block it acts: give site="  # may come from elsewhere
 # what an untrusted file may hold -> what the sentence says
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a pickle": (lambda p: p.write_bytes(pickle.dumps(Trap(p.parent / "mark"))), ""),
     "a torch file": (lambda p: torch.save({"layer.1": Trap(p.parent / "mark")}, p), ""),
-    "no metadata": (lambda p: safetensors.torch.save_file(ONE, p), "its format is None"),
+    "no metadata": (lambda p: safetensors.torch.save_file(ONE, p), NO_SITE),
     "no site": (
         lambda p: safetensors.torch.save_file(ONE, p, {"format": ABOUT["format"], "meta": "{}"}),
-        "site",
+        NO_SITE,
     ),
     "wrong shape": (
         lambda p: safetensors.torch.save_file({"layer.1": torch.ones(2, 2, 2)}, p, ABOUT),
@@ -429,7 +430,8 @@ def test_an_untrusted_vector_file(tmp_path: Path, kind: str) -> None:
     write, words = FILES[kind]
     path = tmp_path / "v.safetensors"
     write(path)
-    with pytest.raises(ValueError, match=f"v.safetensors is not a steering vector file: .*{words}"):
+    said = words if words == NO_SITE else f"is not a steering vector file: .*{words}"
+    with pytest.raises(ValueError, match=f"v.safetensors {said}"):
         sl.SteeringVector.load(path)
     assert not (tmp_path / "mark").exists()
 
@@ -471,8 +473,6 @@ def test_markup_is_text_in_every_table() -> None:
     tokens = pd.DataFrame(
         {"text": [EVIL], "token": [EVIL], "before": [-1.0], "after": [-2.0], "change": [-1.0]}
     )
-    table = pd.DataFrame(
-        [[EVIL, "0", "+1", EVIL]], columns=["vector", "layer", "coefficient", "0"]
-    )
+    table = pd.DataFrame([[EVIL, "0", "+1", EVIL]], columns=["vector", "layer", "coefficient", "0"])
     for page in (tables.side_by_side(frame), tables.token_heatmap(tokens), tables.alignment(table)):
         assert "<script" not in page.data and "&lt;script&gt;" in page.data

@@ -403,7 +403,7 @@ def test_code_of_every_kind(tiny: Any) -> None:
         "sl.Add(v, at='front', coefficient=6)": sl.Add(v, coefficient=6),
         "sl.Add(v, at=[1, -2], coefficient=1.0)": sl.Add(v, [1, -2]),
         "sl.Add(v, at=slice(1, None, None), coefficient=1.0)": sl.Add(v, slice(1, None)),
-        "sl.Ablate(v, at='all')": sl.Ablate(v),
+        "sl.Ablate(v, at='all', to='zero')": sl.Ablate(v),
         "Scale(v, at=[3], factor=0.5)": Scale(v, 3, 0.5),
         "Shift([0, 2], amount=1.5, at='generated')": Shift((0, 2), 1.5),
     }

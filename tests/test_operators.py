@@ -291,15 +291,12 @@ def test_mean_of_prompts(tiny: Any) -> None:
 # ---------------------------------------------------------------- conditional steering
 
 
-def gated(model: Any, act: Any, position: int = -1, share: float = 0.5, **reading: Any) -> Any:
-    """A `When` that lets about a share of the prompts pass."""
+def gated(model: Any, act: Any, position: int = -1, **reading: Any) -> Any:
+    """A `When` that lets some of the prompts pass: its threshold lies in the widest gap."""
     direction = noise(model, reading.pop("layer", 1), seed=11, **reading)
-    ((layer, tensor),) = direction.layers.items()
-    read = sl.capture(model, PROMPTS, layer, position, direction.site)[:, 0] @ unit(tensor)
-    ranked = read.sort().values
-    k = round(share * len(PROMPTS))
-    threshold = float(ranked[k - 1] + ranked[k]) / 2
-    return sl.When(act, direction, threshold, position)
+    read = sl.gate_projections(model, PROMPTS, direction, position)[:, 0].sort().values
+    k = int(read.diff().argmax())
+    return sl.When(act, direction, float(read[k] + read[k + 1]) / 2, position)
 
 
 def conditional(model: Any) -> dict[str, Any]:
@@ -309,9 +306,9 @@ def conditional(model: Any) -> dict[str, Any]:
         "all": gated(model, sl.Add(a, "all", 2.0), site="resid_post"),
         "front": gated(model, sl.Add(noise(model, 2, 2, seed=3), "front", 2.0)),
         "read early": gated(model, sl.Add(a, "generated", 2.0), 3),
-        "read early, act on all": gated(model, sl.Add(b, "all", -2.0), -3, 0.25),
+        "read early, act on all": gated(model, sl.Add(b, "all", -2.0), -3),
         "same site": gated(model, sl.Ablate(a), layer=2),
-        "turn": gated(model, sl.Rotate(a, b, "prompt", 90.0), share=0.75),
+        "turn": gated(model, sl.Rotate(a, b, "prompt", 90.0)),
         "vector": gated(model, 3 * noise(model, 3, at="generated")),
         "list": [sl.Add(noise(model, 1), "all"), gated(model, sl.Add(b, "all")), a],
         "two": [gated(model, sl.Clamp(a, low=5)), gated(model, sl.Add(b, "all"), 2)],
@@ -589,6 +586,13 @@ def test_they_work_in_a_panel(tiny: Any) -> None:
                                progress=False)  # fmt: skip
         assert expected.completion[0].strip() in panel.output.value
         assert f"sl.{op.title()}(" in panel.code()
+        model_line, *lines = panel.code().splitlines()
+        names = {"sl": sl, "model": model, "vector": v, "toward": other, "direction": other}
+        exec("\n".join(lines), names)
+        assert names["completions"].completion.tolist()[1:] == expected.completion.tolist()
+        named = {line.split(":")[0] for line in lines if line.startswith("# ")}
+        assert named == {"clamp": {"# vector"}, "rotate": {"# vector", "# toward"},
+                         "when": {"# vector", "# direction"}}[op]  # fmt: skip
 
 
 # ---------------------------------------------------------------- bad input

@@ -116,7 +116,7 @@ class Calibration:
         n = f"{dev.n.iloc[0]} dev prompts" + (
             f", {test.n.iloc[0]} test prompts" if len(test) else ""
         )
-        plots.caption(figure, model=self.model, n=n, dashed="budget", ribbons="95 %")
+        plots.caption(figure, model=self.model, n=n, dashed="budget", intervals="over items")
         return figure
 
     def _title(self) -> str:

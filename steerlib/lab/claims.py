@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,25 +164,28 @@ def sentences(tests: pd.DataFrame, demonstrations: pd.DataFrame) -> list[str]:
         demonstrations: as `demonstrations.summary` returns it.
 
     Returns:
-        Five sentences in Markdown about the model in which most claims were measured, and about
-        the others beside it.
+        Five sentences in Markdown. All but the one on size are about each source in the model in
+        which most of its claims were measured.
     """
     table = summary(tests)
-    most = str(counts(table, ["model"])["of"].idxmax())
-    own = table[table.model == most]
+    measured = counts(table, ["source", "model"])["of"]
+    main_model = {source: of.idxmax()[1] for source, of in measured.groupby("source", sort=False)}
+    own = table[table.model == table.source.map(main_model)]
+    chosen = tests[tests.model == tests.source.map(main_model)]
+    where = " and ".join(f"{model} ({SOURCES[s]})" for s, model in main_model.items())
     all_kinds = counts(own, ["asserts"]).reindex(["a change", "no change"], fill_value=0)
     n, still = all_kinds.loc["a change"], all_kinds.loc["no change"]
-    counted = counts(own, ["model"]).iloc[0]
+    counted = all_kinds.sum()
     return [
-        f"**What holds.** In {most}, {n.reproduced} of the {n['of']} measured claims that "
+        f"**What holds.** In {where}, {n.reproduced} of the {n['of']} measured claims that "
         f"something changes are reproduced{_named(own, 'reproduced')}, and {still.reproduced} of "
         f"{still['of']} that nothing changes, which a vector without any effect would pass too.",
         f"**What does not.** Of all {counted['of']}, {counted.weaker} are weaker than half the "
         f"source's number, {counted['not seen']} not seen, {counted.opposite} opposite"
         f"{_named(own, 'opposite')}, and {counted[DIFFER]} come out differently from test to test.",
         f"**What cannot be told.** {counted['cannot tell']} of {counted['of']}: "
-        f"{_no_effect(tests[(tests.model == most) & (tests.verdict == 'cannot tell')])}.",
-        f"**What changes with size.** {_by_size(table, most, demonstrations)}.",
+        f"{_no_effect(chosen[chosen.verdict == 'cannot tell'])}.",
+        f"**What changes with size.** {_by_size(table, demonstrations)}.",
         f"**How sure this is.** Intervals are 95 % for each test and not corrected for the number "
         f"of claims: if nothing had an effect, up to {n['of'] / 40:.0f} of the {n['of']} would "
         f"still look reproduced, against {n.reproduced} that do.",
@@ -210,7 +214,7 @@ def _no_effect(unclear: pd.DataFrame) -> str:
     )
 
 
-def _by_size(table: pd.DataFrame, most: str, demonstrations: pd.DataFrame) -> str:
+def _by_size(table: pd.DataFrame, demonstrations: pd.DataFrame) -> str:
     """Demonstrations that work, by model; claims measured in two models, compared."""
     works = demonstrations.groupby("model", sort=False).works.agg(["sum", "count"])
     parts = [f"{k} of {of} in {model}" for model, (k, of) in works.iterrows()]
@@ -218,13 +222,12 @@ def _by_size(table: pd.DataFrame, most: str, demonstrations: pd.DataFrame) -> st
     holds = table.assign(yes=table.verdict == "reproduced").pivot(
         index="claim", columns="model", values="yes"
     )
-    for other in sorted(set(holds) - {most}, key=size):
-        both = holds[[most, other]].dropna().astype(bool)
-        if len(both):
-            a, b = both[most].sum(), both[other].sum()
+    for one, other in combinations(sorted(holds, key=size), 2):
+        both = holds[[one, other]].dropna().astype(bool).sum()
+        if n := len(holds[[one, other]].dropna()):
             said.append(
-                f"of {len(both)} claims measured in both, {a} are reproduced in {most} and {b} in "
-                f"{other}"
+                f"of the {n} measured in {one} and {other}, {both[one]} and {both[other]} are "
+                "reproduced"
             )
     if len(works) < 2 and len(said) < 2:
         said.append("no other model has been measured, so this cannot be told")

@@ -720,6 +720,7 @@ def generation_heatmap(
     reach = limit or float(np.nanmax(np.abs(array))) or 1.0
     with _context(ax, **{"axes.grid": False}):
         ax = ax or _axes(1.5 + 0.1 * len(layers))
+        ax.grid(False)
         ends = (-prompt_positions - 0.5, array.shape[1] - prompt_positions - 0.5)
         colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
         image = ax.imshow(

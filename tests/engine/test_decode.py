@@ -321,7 +321,13 @@ def test_a_prefix_is_generated_from_and_not_shown(tiny: Any, use_cache: bool) ->
     """Completions are those of the longer prompt; without it, those of the prompt alone."""
     model, _ = tiny("llama")
     prefix, last = "Love and hate. ", sl.Add(noise(model, 1, seed=4), "generated")
-    run = {"max_new_tokens": 8, "temperature": 0, "progress": False, "use_cache": use_cache}
+    run: dict[str, Any] = {
+        "n_samples": 1,
+        "max_new_tokens": 8,
+        "temperature": 0,
+        "progress": False,
+        "use_cache": use_cache,
+    }
     conditions = {"no": last, "yes": [sl.Prefix(prefix), last], "only": sl.Prefix(prefix)}
     table = sl.generate(model, PROMPTS, conditions, **run)
     assert sorted(set(table.prompt)) == sorted(PROMPTS)

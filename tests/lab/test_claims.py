@@ -96,13 +96,24 @@ def test_counts(figs: Path) -> None:
 
 def test_the_five_sentences_count_right(figs: Path) -> None:
     holds, fails, unclear, size, sure = claims.sentences(claims.read(), TWO)
-    assert f"In {SMALL}, 0 of the 4 measured claims" in holds and "and 1 of 1 that nothing" in holds
+    assert f"In {SMALL} (Turner et al. 2023), 0 of the 4 measured claims" in holds
+    assert "and 1 of 1 that nothing" in holds
     assert "Of all 5, 1 are weaker" in fails and "0 not seen, 1 opposite" in fails
     assert "Anger − Calm makes completions insulting* (-1)" in fails
     assert "1 of 5" in unclear and "1 tests in nats or ratios, 1 have" in unclear
     assert f"1 of 2 in {SMALL}, 2 of 2 in {LARGE}" in size
-    assert f"of 1 claims measured in both, 0 are reproduced in {SMALL} and 1 in {LARGE}" in size
+    assert f"of the 1 measured in {SMALL} and {LARGE}, 0 and 1 are reproduced" in size
+    assert f"measured in {LARGE} and tiny" not in size  # no claim in both
     assert "95 %" in sure and "of the 4 would" in sure
+
+
+def test_each_source_is_summed_up_in_its_own_model(figs: Path) -> None:
+    write("06", ("accuracy-l17", LARGE, 0.9, 0.8, 1.0, "reproduced", None))
+    holds, fails, *_ = claims.sentences(claims.read(), TWO)
+    assert (
+        f"In {SMALL} (Turner et al. 2023) and {LARGE} (the honesty repository), 1 of the 5" in holds
+    )
+    assert "Of all 6" in fails
 
 
 def test_with_one_model_nothing_is_said_about_size(

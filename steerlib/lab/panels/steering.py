@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,11 @@ class SteeringPanel(VectorPanel):
             title += f", {self.which.value} {100 * part:g} % of its dimensions"
         if self._place:
             title += f", at position {self.position.value}" if numbered else f", at: {at}"
-        return act, title, [*lines, f'conditions = {{"unsteered": None, "steered": {act.code()}}}']
+        made = act.code()
+        lines += [
+            f"# {name}: as the panel's kind has it" for name in re.findall(r"(\w+)=\1\b", made)
+        ]
+        return act, title, [*lines, f'conditions = {{"unsteered": None, "steered": {made}}}']
 
     def _run(self) -> Iterator[None]:
         """Generate; the output grows with every step."""
