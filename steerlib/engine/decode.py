@@ -219,6 +219,8 @@ def _score_rest(
     # Prompts are padded on the left and targets on the right, so that they meet.
     base = levels.rows[0]
     _, mask = pad_left([rows[i].prompt_ids for i in base], pad, device)
+    # The longest prompt of the batch may not be among them, and the cache is as wide as that.
+    mask = torch.nn.functional.pad(mask, (cache.get_seq_length() - mask.shape[1], 0))
     padded = [[*targets[i][:-1], *[pad] * (columns + 1)][:columns] for i in base]
     sizes = torch.tensor([len(targets[i]) - 1 for i in base], device=device)
     new = (torch.arange(columns, device=device) < sizes[:, None]).long()
