@@ -127,7 +127,7 @@ class Bench:
             self.model = sl.load_model(MODEL, dtype=self.dtype, device=device)
             if device != "cpu":
                 plain = Peer(folder, dtype=self.dtype).model.to(device)
-        self.theirs = {
+        self.theirs: dict[str, Any] = {
             "steering-vectors": SteeringVectors(folder, plain),
             "repeng": Repeng(folder, plain),
         }

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Stop = str | Sequence[str] | Callable[[str], bool] | None
 Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
 _ROWS_SAMPLED = 64  # at once
-_FAST_ENOUGH = {"cpu": 384}  # rows; more take memory and hardly gain time (benchmarks)
+_FAST_ENOUGH = {"cpu": 384}  # rows at once, so that memory stays near 1 GB in a small model
 _WORTH_SHARING = 32  # tokens that need not run; fewer would not pay for a pass of their own
 
 
@@ -236,6 +236,8 @@ def _score_rest(
     # Prompts are padded on the left and targets on the right, so that they meet.
     base = levels.rows[0]
     _, mask = pad_left([rows[i].prompt_ids for i in base], pad, device)
+    # The longest prompt of the batch may not be among them, and the cache is as wide as that.
+    mask = torch.nn.functional.pad(mask, (cache.get_seq_length() - mask.shape[1], 0))
     padded = [[*targets[i][:-1], *[pad] * (columns + 1)][:columns] for i in base]
     sizes = torch.tensor([len(targets[i]) - 1 for i in base], device=device)
     new = (torch.arange(columns, device=device) < sizes[:, None]).long()
