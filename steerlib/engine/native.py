@@ -227,8 +227,12 @@ class Passes:
         if model not in _takes_positions:  # to find out takes longer than the rest
             _takes_positions[model] = accepts_mask_derived_position_ids(model)
         self._positions = _takes_positions[model]
-        fused = getattr(model, "_supports_sdpa", False) and not getattr(
-            model.config, "attn_logit_softcapping", None
+        # Not with fewer digits: there the kernel rounds by shape, so that a row would turn with the
+        # cache and with who else is in the batch (in bfloat16 half of all short completions did).
+        fused = (
+            self.model.cfg.dtype == torch.float32
+            and getattr(model, "_supports_sdpa", False)
+            and not getattr(model.config, "attn_logit_softcapping", None)
         )
         known: dict[int, Any] = {}
 
