@@ -5,7 +5,7 @@ Tables: ``data/behaviours/*.csv``; neutral prompts: ``data/prompts.csv``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -172,11 +172,6 @@ def load(name: str) -> Behaviour:
     table = datasets.load(f"behaviours/{name}")
     item = table["id"] if name != "truthful" else (table["id"] + 1) // 2
     return Behaviour(name, table.assign(item=item.map("{:03}".format)))
-
-
-def load_all(wanted: Iterable[str] | None = None) -> dict[str, Behaviour]:
-    """Behaviours by name, all by default."""
-    return {name: load(name) for name in (names() if wanted is None else wanted)}
 
 
 def neutral(split: str = "test", n: int | None = None) -> list[str]:

@@ -23,7 +23,12 @@ from . import datasets, provenance, settings, tables
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
-SOURCES = {"turner2023": "Turner et al. 2023", "honesty": "the honesty repository"}
+BEYOND = "beyond"  # claims of neither source: papers and folklore that came after both
+SOURCES = {
+    "turner2023": "Turner et al. 2023",
+    "honesty": "the honesty repository",
+    BEYOND: "beyond the sources",
+}
 EXPERIMENTS = {
     "00": "first look",
     "01": "demonstrations",
@@ -109,7 +114,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         here = tables.quantity(first.value, first.low, first.high, own)
         if len(main) > 1:
             short = f"~{_short(main.value.median(), own)}"
-            here = f"{main.value.min():.2g} … {main.value.max():.2g} {own}".strip()
+            here = f"{_plain(main.value.min())} … {_plain(main.value.max())} {own}".strip()
         rows.append(
             {
                 **first[["notebook", "experiment", "source", "claim", "source_statement"]],
@@ -131,8 +136,15 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def _short(value: float, unit: str) -> str:
     """A number in two digits: signed in nats, behind a cross if it is a ratio."""
     if unit == "ratio":
-        return f"×{value:.2g}"
-    return f"{value:+.2g}" if unit == "nats" else f"{value:.2g}"
+        return f"×{_plain(value)}"
+    return f"{'+' if unit == 'nats' and value >= 0 else ''}{_plain(value)}"
+
+
+def _plain(value: float) -> str:
+    """A number in two digits, never in powers of ten; what is too small to matter is 0."""
+    if abs(value) < 1e-3:
+        return "0"
+    return np.format_float_positional(float(f"{value:.2g}"), trim="-")
 
 
 def _theirs(row: Any, own: str) -> dict[str, str]:
@@ -151,6 +163,11 @@ def counts(summarised: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return table.assign(of=table.sum(axis=1))
 
 
+def of_sources(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table of claims that are claims of the two sources."""
+    return frame[frame.source != BEYOND]
+
+
 def main_claims(summarised: pd.DataFrame) -> pd.DataFrame:
     """The rows of ``data/main_claims.csv``, with their labels."""
     return summarised.merge(datasets.load("main_claims"), on="claim", validate="many_to_one")
@@ -165,24 +182,27 @@ def sentences(tests: pd.DataFrame, demonstrations: pd.DataFrame) -> list[str]:
 
     Returns:
         Five sentences in Markdown. All but the one on size are about each source in the model in
-        which most of its claims were measured.
+        which most of its claims were measured. Claims beyond the sources are not counted.
     """
+    tests = of_sources(tests)
     table = summary(tests)
     measured = counts(table, ["source", "model"])["of"]
     main_model = {source: of.idxmax()[1] for source, of in measured.groupby("source", sort=False)}
     own = table[table.model == table.source.map(main_model)]
     chosen = tests[tests.model == tests.source.map(main_model)]
-    where = " and ".join(f"{model} ({SOURCES[s]})" for s, model in main_model.items())
     all_kinds = counts(own, ["asserts"]).reindex(["a change", "no change"], fill_value=0)
     n, still = all_kinds.loc["a change"], all_kinds.loc["no change"]
     counted = all_kinds.sum()
     return [
-        f"**What holds.** In {where}, {n.reproduced} of the {n['of']} measured claims that "
-        f"something changes are reproduced{_named(own, 'reproduced')}, and {still.reproduced} of "
-        f"{still['of']} that nothing changes, which a vector without any effect would pass too.",
-        f"**What does not.** Of all {counted['of']}, {counted.weaker} are weaker than half the "
-        f"source's number, {counted['not seen']} not seen, {counted.opposite} opposite"
-        f"{_named(own, 'opposite')}, and {counted[DIFFER]} come out differently from test to test.",
+        f"**What holds.** Reproduced are, among the main claims, {_named(own, 'reproduced')}; of "
+        f"all claims, {n.reproduced} of the {n['of']} that something changes, and "
+        f"{still.reproduced} of the {still['of']} that nothing changes, which a vector without any "
+        "effect would pass too.",
+        f"**What does not.** Not seen, weaker than half the source's number or opposite are, among "
+        f"the main claims, {_named(own, 'weaker', 'not seen', 'opposite')}; of all "
+        f"{counted['of']}, {counted.weaker} are weaker, {counted['not seen']} not seen, "
+        f"{counted.opposite} opposite, and {counted[DIFFER]} come out differently from test to "
+        "test.",
         f"**What cannot be told.** {counted['cannot tell']} of {counted['of']}: "
         f"{_no_effect(chosen[chosen.verdict == 'cannot tell'])}.",
         f"**What changes with size.** {_by_size(table, demonstrations)}.",
@@ -192,13 +212,15 @@ def sentences(tests: pd.DataFrame, demonstrations: pd.DataFrame) -> list[str]:
     ]
 
 
-def _named(own: pd.DataFrame, verdict: str, n: int = 3) -> str:
-    """Some claims of a change with this verdict: main ones first."""
-    found = own[(own.verdict == verdict) & (own.asserts == "a change")]
-    main_first = ~found.claim.isin(datasets.load("main_claims").claim)
-    found = found.loc[main_first.sort_values(kind="stable").index]
-    texts = [f"*{row.source_statement}* ({row.short})" for row in found[:n].itertuples()]
-    return f" (such as: {'; '.join(texts)})" if texts else ""
+def _named(own: pd.DataFrame, *verdicts: str) -> str:
+    """The main claims with one of these verdicts, by source and its model."""
+    main = main_claims(own)
+    parts = []
+    for (source, model), rows in main.groupby(["source", "model"], sort=False):
+        found = rows[rows.verdict.isin(verdicts)]
+        labels = f": *{'*, *'.join(found.label)}*" if len(found) else ""
+        parts.append(f"{len(found)} of {len(rows)} of {SOURCES[source]} in {model}{labels}")
+    return "; ".join(parts) if parts else "none that was measured"
 
 
 def _no_effect(unclear: pd.DataFrame) -> str:
@@ -242,13 +264,21 @@ def markdown(summarised: pd.DataFrame) -> str:
         first, cells = rows.iloc[0], rows.set_index("model")
         seen = [_cell(cells.loc[m]) if m in cells.index else "–" for m in models]
         lines.append([f"{first.notebook} · {first.source_statement}", first.theirs, *seen])
-    total = counts(summarised, ["model"])
     shape = MARKS["reproduced"][0]
-    seen = [f"**{shape} {total.reproduced[m]} of {total.of[m]}**" for m in models]
-    lines.append(["**all claims**: reproduced, of those measured", "", *seen])
+    for part, label in (
+        (of_sources(summarised), "**all claims**: reproduced, of those measured"),
+        (summarised[summarised.source == BEYOND], "claims beyond the sources (12, 13)"),
+    ):
+        total = counts(part, ["model"]).reindex(models)
+        seen = [f"**{shape} {t.reproduced:.0f} of {t.of:.0f}**" for t in total.itertuples()]
+        if len(part):
+            lines.append([label, "", *("–" if "nan" in cell else cell for cell in seen)])
     text = "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in x) + " |" for x in lines)
     legend = ", ".join(f"{shape} {name}" for name, (shape, _) in MARKS.items())
-    return f"{text}\n\n{legend} (several tests, not one verdict); – not measured."
+    return (
+        f"{text}\n\n{legend} (several tests, not one verdict); – not measured. Source: its number, "
+        "or whether it says that it found this."
+    )
 
 
 def _cell(row: Any) -> str:

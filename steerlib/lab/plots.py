@@ -237,10 +237,12 @@ def heatmap(
     annotate: str = "{:.2f}",
     ax: Axes | None = None,
 ) -> Figure:
-    """A table as colours with its numbers written in; diverging colours if ``centre`` is given."""
+    """A table as colours with its numbers written in, a dash where one is missing; diverging
+    colours if ``centre`` is given."""
     width = float(np.clip(1.9 + 0.55 * table.shape[1], WIDTH, 2 * COLUMN))
     with _context(ax, width, **{"axes.grid": False}):
         ax = ax or _axes(1.4 + 0.33 * table.shape[0], width)
+        ax.grid(False)
         values = table.to_numpy(dtype=float)
         limits: dict[str, Any] = {"cmap": "cividis"}
         if centre is not None:
@@ -248,10 +250,11 @@ def heatmap(
             limits = {"cmap": "RdBu_r", "vmin": centre - reach, "vmax": centre + reach}
         image = ax.imshow(values, aspect="auto", **limits)
         for (i, j), value in np.ndenumerate(values):
+            known = not np.isnan(value)
             red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            colour = "white" if dark else "black"
-            ax.text(j, i, annotate.format(value), ha="center", va="center", color=colour)
+            dark = known and 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            text, colour = annotate.format(value) if known else "–", "white" if dark else "black"
+            ax.text(j, i, text, ha="center", va="center", color=colour)
         names = [str(c) for c in table.columns]
         room = _inches(ax) * 72 / (0.6 * _size(ax) * len(names))
         ax.set_xticks(range(len(names)), names)
@@ -416,6 +419,8 @@ def verdicts(
 ) -> Figure:
     """A table as a figure: claims in rows below the heads of their groups, a column per model.
 
+    Every source has the columns of the models in which its claims were measured.
+
     Args:
         frame: one row per claim and model: source, group, label, model, theirs_short (the
             source's number or word), verdict, short (our number).
@@ -424,49 +429,48 @@ def verdicts(
 
     Numbers are left away where there are more than three models: only marks are readable then.
     """
-    names = list(dict.fromkeys(frame["model"]))
-    lines: list[tuple[str, str, Any]] = []  # kind, text, rows of the claim by model
-    for source, of_source in frame.groupby("source", sort=False):
-        lines.append(("source", str(source), None))
-        for group, of_group in of_source.groupby("group", sort=False):
-            lines.append(("group", str(group), group))
-            for label, rows in of_group.groupby("label", sort=False):
-                lines.append(("claim", str(label), rows.set_index("model")))
     width, step = 2 * COLUMN, 0.25
+    left, theirs, first = 0.0, 0.43, 0.57
     legend = -(-len(marks) // 3)
-    wrapped = [textwrap.fill(name, 10) for name in names]
-    top = max(name.count("\n") for name in wrapped) + 1
-    height = step * (len(lines) + legend + top + 1.2)
-    left, theirs, first = 0.0, 0.4, 0.51
-    columns = np.linspace(first, 1, len(names) + 1)[:-1]
+    y = 0.0
     with plt.rc_context({**style(width), "axes.grid": False}):
-        figure, ax = plt.subplots(figsize=(width, height))
+        figure, ax = plt.subplots()
         ax.axis("off")
-        ax.set(xlim=(0, 1), ylim=(len(lines) + legend + 0.4, -top - 0.4))
-        ax.text(theirs, -0.4, "source", va="bottom", style="italic")
-        for x, name in zip(columns, wrapped, strict=True):
-            ax.text(x, -0.4, name, va="bottom", style="italic", linespacing=1)
-        for y, (kind, text, rows) in enumerate(lines):
-            if kind == "source":
-                ax.text(left, y, text, va="center", weight="bold")
-                ax.axhline(y + 0.5, color="#000000", linewidth=0.8)
-            elif kind == "group":
+        for source, of_source in frame.groupby("source", sort=False):
+            names = list(dict.fromkeys(of_source["model"]))
+            columns = np.linspace(first, 1, max(len(names), 2) + 1)[: len(names)]
+            wrapped = [textwrap.fill(name, 26 if len(names) == 1 else 10) for name in names]
+            y += max(name.count("\n") for name in wrapped) + 0.5
+            ax.text(left, y + 0.35, source, va="bottom", weight="bold")
+            ax.text(theirs, y + 0.35, "source", va="bottom", style="italic")
+            for x, name in zip(columns, wrapped, strict=True):
+                ax.text(x, y + 0.35, name, va="bottom", style="italic", linespacing=1)
+            ax.axhline(y + 0.5, color="#000000", linewidth=0.8)
+            for group, of_group in of_source.groupby("group", sort=False):
+                y += 1
                 ax.axhspan(y - 0.5, y + 0.5, color="#EEEEEE", lw=0, zorder=0)
-                ax.text(left + 0.01, y, text, va="center", style="italic")
+                ax.text(left + 0.01, y, group, va="center", style="italic")
                 for x, name in zip(columns, names, strict=True):
-                    ax.text(x, y, heads.get((text, name), ""), va="center", style="italic")
-            else:
-                ax.text(left + 0.03, y, text, va="center")
-                ax.text(theirs, y, rows.theirs_short.iloc[0], va="center", color="#555555")
-                for x, name in zip(columns, names, strict=True):
-                    if name in rows.index:
-                        shape, colour = marks[rows.verdict[name]]
-                        number = rows.short[name] if len(names) < 4 else ""
-                        ax.text(x, y, shape, va="center", color=colour, weight="bold")
-                        ax.text(x + 0.034, y, number.replace("-", "−"), va="center", color=colour)
+                    ax.text(x, y, heads.get((group, name), ""), va="center", style="italic")
+                for label, rows in of_group.groupby("label", sort=False):
+                    y += 1
+                    ax.text(left + 0.03, y, label, va="center")
+                    ax.text(theirs, y, rows.theirs_short.iloc[0], va="center", color="#555555")
+                    for x, row in zip(
+                        columns, rows.set_index("model").reindex(names).itertuples(), strict=True
+                    ):
+                        if row.verdict in marks:  # not of a model without this claim
+                            shape, colour = marks[row.verdict]
+                            number = row.short.replace("-", "−") if len(names) < 4 else ""
+                            ax.text(x, y, shape, va="center", color=colour, weight="bold")
+                            ax.text(x + 0.034, y, number, va="center", color=colour)
+            y += 1
         for i, (name, (shape, colour)) in enumerate(marks.items()):
-            place = (i % 3 * 0.34, len(lines) + i // 3 + 0.2)
+            place = (i % 3 * 0.34, y + i // 3 + 0.2)
             ax.text(*place, f"{shape} {name}", va="center", color=colour)
+        bottom = y + legend + 0.2
+        ax.set(xlim=(0, 1), ylim=(bottom, -0.6))
+        figure.set_size_inches(width, step * (bottom + 1.8))
         size = style(width)["font.size"]
         figure.suptitle(textwrap.fill(title, int(width * 72 / (0.52 * size))), fontsize=size)
         return figure

@@ -26,8 +26,8 @@ def table(**changed: Any) -> pd.DataFrame:
 
 
 def test_all_behaviours_can_be_loaded_and_have_enough_prompts() -> None:
-    found = behaviours.load_all()
-    assert len(found) >= 8 and list(found) == behaviours.names()
+    found = {name: behaviours.load(name) for name in behaviours.names()}
+    assert len(found) >= 8
     for name, behaviour in found.items():
         assert behaviour.name == name
         assert len(behaviour.pairs) >= 40
@@ -39,8 +39,6 @@ def test_all_behaviours_can_be_loaded_and_have_enough_prompts() -> None:
     assert (twins.groupby("item").size() == 2).all()
     for _, two in twins.groupby("item"):
         assert set(two.target) == set(two.reference)
-    some = behaviours.load_all(["french", "past"])
-    assert list(some) == ["french", "past"]
 
 
 def test_pairs_join_prompt_and_continuation() -> None:

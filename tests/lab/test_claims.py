@@ -96,10 +96,9 @@ def test_counts(figs: Path) -> None:
 
 def test_the_five_sentences_count_right(figs: Path) -> None:
     holds, fails, unclear, size, sure = claims.sentences(claims.read(), TWO)
-    assert f"In {SMALL} (Turner et al. 2023), 0 of the 4 measured claims" in holds
-    assert "and 1 of 1 that nothing" in holds
-    assert "Of all 5, 1 are weaker" in fails and "0 not seen, 1 opposite" in fails
-    assert "Anger − Calm makes completions insulting* (-1)" in fails
+    assert f"0 of 2 of Turner et al. 2023 in {SMALL};" in holds
+    assert "0 of the 4 that something" in holds and "1 of the 1 that nothing" in holds
+    assert "of all 5, 1 are weaker" in fails and "0 not seen, 1 opposite" in fails
     assert "1 of 5" in unclear and "1 tests in nats or ratios, 1 have" in unclear
     assert f"1 of 2 in {SMALL}, 2 of 2 in {LARGE}" in size
     assert f"of the 1 measured in {SMALL} and {LARGE}, 0 and 1 are reproduced" in size
@@ -108,12 +107,15 @@ def test_the_five_sentences_count_right(figs: Path) -> None:
 
 
 def test_each_source_is_summed_up_in_its_own_model(figs: Path) -> None:
-    write("06", ("accuracy-l17", LARGE, 0.9, 0.8, 1.0, "reproduced", None))
-    holds, fails, *_ = claims.sentences(claims.read(), TWO)
-    assert (
-        f"In {SMALL} (Turner et al. 2023) and {LARGE} (the honesty repository), 1 of the 5" in holds
+    write(
+        "06",
+        ("accuracy-l17", LARGE, 0.9, 0.8, 1.0, "reproduced", None),
+        ("accuracy-held-out", LARGE, 0.5, 0.4, 0.6, "not seen", None),
     )
-    assert "Of all 6" in fails
+    holds, fails, *_ = claims.sentences(claims.read(), TWO)
+    assert f"1 of 2 of the honesty repository in {LARGE}: *pairs told apart*;" in holds
+    assert f"1 of 2 of the honesty repository in {LARGE}: *held-out pairs too*;" in fails
+    assert "1 of the 6 that something" in holds and "of all 7" in fails
 
 
 def test_with_one_model_nothing_is_said_about_size(
@@ -122,7 +124,7 @@ def test_with_one_model_nothing_is_said_about_size(
     monkeypatch.setenv("STEERLIB_FIGS", str(tmp_path))
     write("01", ("love-hate", SMALL, 2.0, 1.0, 3.0, "reproduced", "nats"))
     said = claims.sentences(claims.read(), TWO[TWO.model == SMALL])
-    assert "cannot be told" in said[3] and "*Love − Hate makes" in said[0]
+    assert "cannot be told" in said[3] and "*Love − Hate: affection*" in said[0]
     assert len(said) == 5 and "nan" not in " ".join(said).lower()
 
 
@@ -182,3 +184,14 @@ def test_main_writes_only_what_changed(
     assert claims.main([str(page)]) == 0 and "is new" in capsys.readouterr().out
     assert "Love − Hate" in page.read_text()
     assert claims.main([str(page)]) == 0 and capsys.readouterr().out == ""
+
+
+def test_the_readme_in_short_follows_from_the_verdicts() -> None:
+    """Its two sentences are written by hand; each part names the claim it rests on."""
+    found = claims.main_claims(claims.summary(claims.read(ROOT / "figs")))
+    verdicts = found[found.model.isin([SMALL, LARGE])].set_index("claim").verdict
+    for claim in ("coefficient-is-a-dial", "dragons-berkeley", "plus-affirms"):
+        assert verdicts[claim] == "reproduced", claim
+    first = found[(found.experiment == "demonstrations") & (found.model == SMALL)]
+    assert (first.verdict == "cannot tell").sum() >= 3
+    assert verdicts["dilemmas-minus-dishonest"] != "reproduced"

@@ -158,7 +158,7 @@ def test_heatmap_shows_its_numbers(centre: float | None) -> None:
     assert bar.get_ylabel() == "share"
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["3", "5", "8"]
-    assert [t.get_text() for t in ax.texts] == ["0.10", "0.90", "nan", "0.50", "0.60", "0.20"]
+    assert [t.get_text() for t in ax.texts] == ["0.10", "0.90", "–", "0.50", "0.60", "0.20"]
     (image,) = ax.images
     np.testing.assert_array_equal(image.get_array().filled(np.nan), table)
     if centre is not None:
@@ -366,6 +366,8 @@ def test_verdicts_have_a_row_a_claim_and_a_mark_a_model(n_models: int) -> None:
     text = [t for t, _, _ in said]
     assert text.count("One") == text.count("Two") == text.count("first") == 1
     assert text.count("1 of 2") == 1 and text.count("0.17*") == 6
+    heads = [t for t in text if t.replace("\n", "").startswith("smollm2")]
+    assert len(heads) == 2  # every source has the columns of its own models
     marks = [t for t in said if t[0] == "●" and t[1] == "#00664B"]
     assert len(marks) == 6 * n_models - 2 and text.count("? cannot tell") == 1
     assert [t[1] for t in said if t[0] == "?"] == ["#595959"]
