@@ -292,21 +292,111 @@ def choose(page: Any, menu: str, entry: str) -> None:
     page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{entry}$")).click()
 
 
-def test_web_page(tmp_path: Path, page: Any) -> None:
+@pytest.fixture(scope="module")
+def app(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the app."""
+    with made("app", checkout(tmp_path_factory.mktemp("app"))) as address:
+        yield address
+
+
+def open_app(page: Any, address: str) -> Any:
+    """The panel of the app, when it has come to rest."""
+    page.set_default_timeout(300_000)
+    page.goto(address)
+    page.wait_for_selector(f".jp-OutputArea-output > {PANEL}")
+    panel = page.locator(f".jp-OutputArea-output > {PANEL}").first
+    wait("the measures", lambda: complete(panel), 300)
+    return panel
+
+
+def complete(panel: Any) -> bool:
+    """Whether everything that the app's panel shows is of its present settings."""
+    return panel.locator(".steerlib-late").count() == 0 and "neutral" in shown(panel)
+
+
+def test_web_page(app: str, page: Any) -> None:
     """Every panel of the app follows its slider, and no code is shown."""
     panels = sum(
         "Panel(" in cell.source
         for cell in nbformat.read(ROOT / "notebooks" / "app.ipynb", as_version=4).cells
     )
-    with made("app", checkout(tmp_path)) as address:
-        console = Console(page)
-        page.set_default_timeout(300_000)
-        page.goto(address)
-        found = page.locator(f".jp-OutputArea-output > {PANEL}")
-        wait("the panels", lambda: found.count() == panels, 300)
-        assert "os.environ" not in page.content()
-        for i in range(panels):
-            move_first_slider(found.nth(i), page)
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / "app.png", full_page=True)
-        assert "\n".join(console.ours()) == ""
+    console = Console(page)
+    open_app(page, app)
+    found = page.locator(f".jp-OutputArea-output > {PANEL}")
+    assert found.count() == panels
+    assert "os.environ" not in page.content()
+    for i in range(panels):
+        move_first_slider(found.nth(i), page)
+    wait("the measures", lambda: complete(found.first), 120)
+    assert found.first.locator("img[alt^='Tokens by layers']").count() == 1
+    assert found.first.get_by_role("img", name=re.compile("then 0")).count() >= 10  # paired bars
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.set_viewport_size({"width": 1200, "height": 2000})
+    page.screenshot(path=SCREENSHOTS / "app.png")
+    assert "\n".join(console.ours()) == ""
+
+
+FOCUSED = """() => {
+    const e = document.activeElement, style = getComputedStyle(e);
+    return [e.innerText || e.getAttribute('aria-valuenow') || e.tagName,
+            style.outlineStyle === 'solid' ? parseFloat(style.outlineWidth) : 0];
+}"""
+
+
+def test_web_page_by_keyboard_and_link(app: str, page: Any, browser: Any) -> None:
+    """The keyboard reaches every control, and one can see where it is. A preset, taken with Enter,
+    sets the controls; a slider moves by arrow; the link leads back, also on a narrow page."""
+    panel = open_app(page, app)
+    enabled = ":is(button, input, select, a, .noUi-handle, .widget-readout)"
+    visible = f"{enabled}:visible:not([disabled]):not([disabled] *)"
+    page.locator(":focus").evaluate_all("all => all.forEach(e => e.blur())")
+    walked = []
+    for _ in range(panel.locator(visible).count() + 5):
+        page.keyboard.press("Tab")
+        walked.append(page.evaluate(FOCUSED))
+        if walked[-1][0] == "open":  # the last of the panel
+            break
+    assert walked[-1][0] == "open" and len(walked) >= panel.locator(visible).count()
+    assert [name for name, outline in walked if outline < 3] == []
+    assert {"weddings", "dragons", "more", "copy as code", "copy link"} <= {n for n, _ in walked}
+
+    field = panel.get_by_label("link to these settings")
+    panel.get_by_role("button", name="dragons", exact=True).focus()
+    page.keyboard.press("Enter")
+    wait("the preset", lambda: "Dragons" in field.input_value() and complete(panel), 120)
+    assert "dragons: +" in shown(panel) and "It works" in shown(panel)
+    handle = panel.locator(".widget-slider", has_text="coefficient").locator(".noUi-handle")
+    before, was = field.input_value(), handle.get_attribute("aria-valuetext")
+    handle.focus()
+    page.keyboard.press("ArrowLeft")
+    # the link changes when a run begins, after what is shown has become pale
+    wait("the link", lambda: field.input_value() != before and complete(panel), 120)
+    assert float(handle.get_attribute("aria-valuetext")) < float(was)
+    panel.get_by_role("button", name="more", exact=True).focus()
+    page.keyboard.press("Space")
+    panel.get_by_label("samples").wait_for(state="visible")
+
+    address = field.input_value()
+    assert address.startswith(f"{app}/?") and "Dragons" in address
+    panel.get_by_role("button", name="copy link").click()
+    assert page.url == address
+    narrow = browser.new_page(viewport={"width": 400, "height": 900})
+    console = Console(narrow)
+    again = open_app(narrow, f"{address}&layer=99")
+    assert texts_of(again) == texts_of(panel), address
+    kept = again.locator(".widget-html-content [role=status]").inner_text()
+    assert "layer = '99'" in kept and "whole number from 0 to 29" in kept
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 400
+    sideways = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert again.locator(".widget-html-content").evaluate_all(sideways) == 0
+    assert again.locator("img").first.bounding_box()["width"] > 300
+    narrow.set_viewport_size({"width": 400, "height": 3000})
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    narrow.screenshot(path=SCREENSHOTS / "app_400.png")
+    assert "\n".join(console.ours()) == ""
+    narrow.close()
+
+
+def texts_of(panel: Any) -> list[str]:
+    """The completions that a panel shows."""
+    return list(panel.locator(".steerlib-texts td").all_text_contents())

@@ -21,8 +21,7 @@ from steerlib.lab import datasets, tables
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-# The heatmaps have the first version's form still: long cells, no verdicts.
-JUDGED = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09")
+JUDGED = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "12", "13")
 FORMED = (*JUDGED, "11")  # the one that sums up has that form, and no verdicts of its own
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])

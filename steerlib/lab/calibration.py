@@ -53,8 +53,8 @@ class Calibration:
         table: one row per split (``dev``, then those of its usable strengths on ``test``) and
             strength: coefficient, effect with low and high (nats), n (items), random and unrelated
             (the 95 % quantiles of both control families; missing where the strength is out
-            already), kl, entanglement (nats), within (the budget), clears (0 and both families),
-            usable (both).
+            already), kl with kl_high (its interval's upper end), entanglement (nats), within (the
+            budget), clears (0 and both families), usable (both).
         usable: the lowest and the highest usable strength around the chosen one, on test too; None
             if there is no usable strength.
         chosen: the strength chosen on dev, or None.
@@ -149,9 +149,10 @@ def calibrate(
 
     A strength is usable if the effect clears both families of matched controls (its interval leaves
     0, and it lies beyond the 95 % quantile of either family) while its side effects stay within the
-    budget. Of the strengths usable on dev, the one with the highest lower end of its interval is
-    chosen; all of them are measured again on the test prompts, and those stay that pass again. If
-    the chosen one does not pass, there is no usable strength.
+    budget (on dev, the upper end of the interval of its KL). Of the strengths usable on dev, the
+    one with the highest lower end of its interval is chosen; all of them are measured again on the
+    test prompts, and those stay that pass again. If the chosen one does not pass, there is no
+    usable strength.
 
     Args:
         vector: of any length: strengths are norms over that of the stream, at the last token of
@@ -192,15 +193,18 @@ def calibrate(
         frame = own.effects(model, steered, split, n_prompts)
         table = stats.effect_table(frame, "strength").drop(columns=["p", "p_holm"])
         neutral = behaviours.neutral(split)
-        kl = logprobs.kl_by_prompt(model, neutral, steered).groupby("strength").kl.mean()
-        table["kl"] = table.strength.map(kl)
+        kl = logprobs.kl_by_prompt(model, neutral, steered).groupby("strength").kl
+        table["kl"] = table.strength.map(kl.mean())
+        table["kl_high"] = table.strength.map(kl.apply(lambda x: stats.clustered_interval(x)[2]))
         table["entanglement"] = np.nan
         if rest:
             spilt = behaviours.spill(model, rest, steered, split, n_others)
             each = spilt.groupby(["strength", "behaviour"]).effect.mean()
             rms = (each**2).groupby("strength").mean() ** 0.5
             table["entanglement"] = table.strength.map(rms)
-        within = (table.kl <= asked.kl) & ~(table.entanglement > asked.entanglement)
+        # Of what costs just the budget on dev prompts, half costs more on others: leave a margin.
+        price = table.kl_high if split == "dev" else table.kl
+        within = (price <= asked.kl) & ~(table.entanglement > asked.entanglement)
         # Where the strength is out already, controls would change nothing.
         doses = table.strength[within & (table.low > 0)].tolist()
         noise = {ControlDose(s, *c): s * v for s in doses for c, v in matched.items()}

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+# The factors of an answer, in the colours that they have in every figure.
+COLOURS = {"label": "#E69F00", "meaning": "#009E73", "honesty": "#0072B2"}
+
 # The system prompt under which claims are asked: of those that notebook 08 tries on training
 # claims, the one with the smallest label bias.
 SYSTEM = "You answer with the letter of the right choice and its text."
@@ -79,17 +82,23 @@ class Fit:
         return SteeringVector(rows, "resid_post", "generated", {"name": "component"})
 
 
-def fit(model: TransformerBridge, n: int, cache: str | os.PathLike[str] | None = None) -> Fit:
-    """Fit the source's direction to ``n`` of the shipped claims, at every layer.
+def fit(
+    model: TransformerBridge,
+    n: int,
+    cache: str | os.PathLike[str] | None = None,
+    claims: pd.DataFrame | None = None,
+) -> Fit:
+    """Fit the source's direction to ``n`` claims, at every layer.
 
     Args:
         n: how many claims, with their twins; both orders are read. The best layer is found by
             cross-validation over pairs of twins (five folds; fewer for few claims).
         cache: as for `capture_pairs`.
+        claims: of your own, a table like ``data/claims.csv``, which is the default.
 
     Source: the honesty repository, "Choosing datasets".
     """
-    table = load("claims")
+    table = load("claims") if claims is None else claims
     pairs = contrast_pairs(model, table, n, both_orders=True)
     # The token in front of the label is read too, so that notebooks that need it share the cache.
     where = [pairs.position - 1, pairs.position]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 BUDGET = 0.5  # nats
 DEPTHS = (0.45, 0.6, 0.75)  # of the model: layers that are tried for directions,
 FRONT_DEPTHS = (0.1, 0.25)  # and for vectors at the front, which late layers hardly read
-DOSES = tuple(np.geomspace(0.1, 4, 8).tolist())  # in norms of the stream
+DOSES = tuple(np.geomspace(0.1, 4, 8).tolist())  # in norms of the stream; and smaller ones
+LOW_DOSES = tuple((0.1 * 40 ** (np.arange(-6, 0) / 7)).tolist())  # where even the first is too dear
 FRACTIONS = (1.0, 0.6)  # of the largest dose within the budget, to choose from on dev
 COMPARED = ("certain", "formal", "french", "past", "weddings")  # by data/make_methods.py
 N_EXAMPLES = 4  # so that both orders of a two-choice question are among them
@@ -161,15 +162,15 @@ def doses_within(
     budget: float,
     n: int | None = None,
 ) -> pd.DataFrame:
-    """The largest dose of each that costs no more than the budget: from a grid, then between.
+    """The largest dose of each up to which nothing exceeds the budget: from a grid, then between.
 
     Args:
         found: a way, or several whose mean cost counts.
         n: neutral dev prompts; all by default.
 
     Returns:
-        Index method and layer; dose, kl (nats). Where no dose of the grid is within the budget,
-        the one of the least KL.
+        Index method and layer; dose, kl (nats). Where no dose at all is within the budget, the one
+        of the least KL.
     """
     prompts = behaviours.neutral("dev", n)
 
@@ -184,20 +185,24 @@ def doses_within(
         mean = kl.groupby(["method", "layer", "dose"]).kl.mean()
         return {at: mean[at.method][at.layer] for at in doses}
 
-    grid = price(dict.fromkeys(found, DOSES))
-    between: dict[At, Sequence[float]] = {}
-    for at, kl in grid.items():
-        dearer = [dose for dose in DOSES[1:] if kl[dose] > budget]
-        if dearer and kl.min() <= budget:
-            below = DOSES[DOSES.index(dearer[0]) - 1]
-            between[at] = np.linspace(below, dearer[0], 6)[1:-1].tolist()
-    for at, more in price(between).items() if between else ():
-        grid[at] = pd.concat([grid[at], more])
+    grid: dict[At, pd.Series] = {}
+
+    def add(doses: Mapping[At, Sequence[float]]) -> None:
+        for at, kl in price(doses).items() if doses else ():
+            grid[at] = pd.concat([grid[at], kl]).sort_index() if at in grid else kl
+
+    def cheap(kl: pd.Series) -> int:  # so many doses, from the smallest on, are within the budget
+        return int((kl <= budget).cummin().sum())
+
+    add(dict.fromkeys(found, DOSES))
+    add({at: LOW_DOSES for at, kl in grid.items() if not cheap(kl)})
+    last = {at: cheap(kl) for at, kl in grid.items() if 0 < cheap(kl) < len(kl)}
+    ends = {at: grid[at].index[n - 1 : n + 1].tolist() for at, n in last.items()}
+    add({at: np.linspace(low, high, 6)[1:-1].tolist() for at, (low, high) in ends.items()})
     rows = []
     for at, kl in grid.items():
-        within = kl[kl <= budget]
-        dose = float(within.index.max() if len(within) else kl.idxmin())
-        rows.append((*at, dose, float(kl[dose])))
+        dose = kl.index[cheap(kl) - 1] if cheap(kl) else kl.idxmin()
+        rows.append((*at, float(dose), float(kl[dose])))
     return pd.DataFrame(rows, columns=[*At._fields, "dose", "kl"]).set_index(list(At._fields))
 
 
@@ -363,14 +368,15 @@ def results(kind: str = "methods") -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each method on each behaviour: its effect, and whether it clears 0 and both families.
+    """Each method on each behaviour: its effect, and whether it clears 0 and all random vectors.
 
     Args:
         frame: as `measure` returns it, with the columns model and behaviour.
 
     Returns:
         One row per model x behaviour x method: effect, low, high, n (items), p_holm (of the methods
-        of a model on a behaviour), kl, random, unrelated (the families' 95 % quantiles), works.
+        of a model on a behaviour), kl, random, unrelated (the families' 95 % quantiles), tuned (the
+        largest effect of a random vector, another one, that was tuned as the methods are), works.
     """
     rows = []
     for (model, name), part in frame.groupby(["model", "behaviour"], sort=False):
@@ -379,8 +385,12 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         items = part[part.prompt != ""]
         table = stats.effect_table(items, "method").drop(columns="p")
         kl = items.groupby("method").kl.first()
+        draws = table[table.method.isin(DRAWS)].set_index("method").effect
+        tuned = [draws.drop(m, errors="ignore").max() for m in table.method]
         table = table.assign(kl=table.method.map(kl), random=edges[0], unrelated=edges[1])
-        works = (table.low > 0) & (table.effect > max(edges)) & (table.p_holm < 0.05)
+        table = table.assign(tuned=tuned)
+        edge = table[[*FAMILIES, "tuned"]].max(axis=1)
+        works = (table.low > 0) & (table.effect > edge) & (table.p_holm < 0.05)
         table = table.assign(works=works & ~table.method.isin(FAMILIES))
         table.insert(0, "behaviour", name)
         table.insert(0, "model", model)
@@ -416,4 +426,38 @@ def against(frame: pd.DataFrame, other: str | None = None) -> pd.DataFrame:
             ahead=table.method.map(ahead), tie=table.p_holm >= 0.05,
         )  # fmt: skip
         rows.append(table.drop(columns="p"))
+    return pd.concat(rows, ignore_index=True)
+
+
+def against_random(frame: pd.DataFrame, n: int = 20_000) -> pd.DataFrame:
+    """Every method against random directions, over all behaviours of a model together.
+
+    Any fixed direction does something to the items of a behaviour: leaving 0 over items does not
+    set a method apart from a random vector. Here the direction is what varies. If a method were one
+    more random direction, its effect on each behaviour could as well be that of any member of the
+    random family; p is the share of such exchanges, one for each behaviour at random, in which the
+    mean over behaviours is at least the method's.
+
+    Args:
+        frame: as for `summary`.
+        n: exchanges drawn.
+
+    Returns:
+        One row per model x method: effect (mean over behaviours), p (one-sided; of b behaviours and
+        k members never much below ``(k + 1) ** -b``), p_holm (of the methods of a model).
+    """
+    rows = []
+    for model, part in frame.groupby("model", sort=False):
+        rng = np.random.default_rng(0)
+        items = part[part.prompt != ""]
+        noise = part[(part.prompt == "") & (part.method == "random")]
+        means = items.pivot_table(index="behaviour", columns="method", values="effect", sort=False)
+        members = [noise[noise.behaviour == name].effect.to_numpy() for name in means.index]
+        table = means.drop(columns=list(FAMILIES), errors="ignore").mean().rename("effect")
+        p = []
+        for method, effect in table.items():
+            own = zip(members, means[method], strict=True)
+            drawn = sum(rng.choice([*others, mine], n) for others, mine in own) / len(means)
+            p.append((float((drawn >= effect - 1e-9).sum()) + 1) / (n + 1))
+        rows.append(table.reset_index().assign(model=model, p=p, p_holm=stats.holm(p)))
     return pd.concat(rows, ignore_index=True)

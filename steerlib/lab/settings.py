@@ -63,7 +63,8 @@ class Run:
 
 def start(notebook: str, model: str | Mapping[str, str] = "smollm2-135m") -> Run:
     """The preset and the model of a notebook: ``model``, or one for each preset, unless MODEL
-    names another."""
+    names another. From here on tables are shown whole: pandas would cut long texts and rows."""
+    pd.set_option("display.max_colwidth", None, "display.max_columns", 40)
     chosen = model if isinstance(model, str) else model[preset()]
     return Run(notebook, preset(), model_name(chosen))
 

@@ -174,6 +174,7 @@ def judge(
     against: Sequence[float] = (),
     number: bool | float = False,
     ratio: bool = False,
+    chance: float = 0.0,
     note: str = "",
     unit: str | None = None,
     shown: Sequence[float] | None = None,
@@ -189,6 +190,8 @@ def judge(
             follows from the source's, in the unit of ``interval``.
         ratio: the interval is of log ratios; the table shows their exponentials, and the source's
             number is a ratio.
+        chance: what no effect is, such as 0.5 for a share of pairs: interval, controls and the
+            source's number are then judged by their distance from it, and shown as they are.
         unit: of what is shown; by default the source's.
         shown: value, low and high as the table shows them, where ``interval`` is of another
             quantity: the perplexity for its negative, 40 degrees for their distance from 60.
@@ -209,8 +212,10 @@ def judge(
     if ratio and theirs is not None:
         theirs = float(np.log(theirs))
     value, low, high = map(float, interval)
-    limits: dict[str, Any] = {"bound": bound, "beyond": beyond, "against": against}
-    found = stats.verdict(value, low, high, number=theirs, **limits | known)
+    theirs = None if theirs is None else theirs - chance
+    limits: dict[str, Any] = {"beyond": [c - chance for c in beyond]}
+    limits |= {"against": [c - chance for c in against], "bound": bound, "number": theirs}
+    found = stats.verdict(value - chance, low - chance, high - chance, **limits | known)
     if shown is not None:
         value, low, high = map(float, shown)
     elif ratio:

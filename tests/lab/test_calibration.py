@@ -85,6 +85,9 @@ def test_the_budget_bounds_the_range(tiny: Any) -> None:
     tight = calibrate(model, pointing(model), between)
     inside = tight.table[tight.table["split"] == "dev"].within
     assert inside.tolist() == [True, False, False]
+    assert (dev.kl_high > dev.kl).all()
+    narrow = float(dev.kl.iloc[0] + dev.kl_high.iloc[0]) / 2  # the mean is within it, its end not
+    assert not calibrate(model, pointing(model), narrow).table.within.any()
     # controls are only run where the strength is still in
     assert tight.table[tight.table["split"] == "dev"].random.isna().tolist()[1:] == [True, True]
 

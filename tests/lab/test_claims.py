@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from steerlib.lab import claims, datasets, provenance, tables
+from steerlib.lab import claims, datasets, demonstrations, provenance, tables
 
 ROOT = Path(__file__).parents[2]
 SMALL, LARGE = "smollm2-135m", "qwen2.5-coder-1.5b"
@@ -146,6 +146,17 @@ def test_markdown_shows_main_claims_and_counts_all(figs: Path) -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
+def test_claims_beyond_the_sources_are_counted_apart(figs: Path) -> None:
+    before = claims.sentences(claims.read(), TWO)
+    write("12", ("beyond-affine", SMALL, 1.0, 0.5, 1.5, "reproduced", "nats"))
+    found = claims.read()
+    assert claims.sentences(found, TWO) == before
+    assert len(claims.of_sources(found)) == len(found) - 1
+    lines = claims.markdown(claims.summary(found)).splitlines()
+    assert "| claims beyond the sources (12, 13) |  | **● 1 of 1** | – | – |" in lines
+    assert any("**● 1 of 5** | **● 1 of 1** | **● 1 of 1** |" in line for line in lines)
+
+
 def test_fill_needs_its_markers() -> None:
     text = f"before\n{claims.START}\nold\n{claims.END}\nafter\n"
     new = claims.fill(text, r"| \1 |")
@@ -187,11 +198,16 @@ def test_main_writes_only_what_changed(
 
 
 def test_the_readme_in_short_follows_from_the_verdicts() -> None:
-    """Its two sentences are written by hand; each part names the claim it rests on."""
+    """Its sentences are written by hand; each part names the numbers it rests on."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    tried = demonstrations.summary(demonstrations.results(), 0.25)
+    works = tried.groupby("model").works.agg(["sum", "count"])
+    small, next_one = works.loc[SMALL], works.loc["gemma3-270m"]
+    assert f"{small['sum']} of the {small['count']} demonstrations tried" in text
+    assert f"{next_one['sum']} of {next_one['count']} in one of 270 million" in text
+    in_both = tried[tried.works].groupby("demonstration").model.nunique() == len(works)
+    assert in_both[["15b", demonstrations.FRENCH, "10"]].all()
     found = claims.main_claims(claims.summary(claims.read(ROOT / "figs")))
-    verdicts = found[found.model.isin([SMALL, LARGE])].set_index("claim").verdict
-    for claim in ("coefficient-is-a-dial", "dragons-berkeley", "plus-affirms"):
-        assert verdicts[claim] == "reproduced", claim
-    first = found[(found.experiment == "demonstrations") & (found.model == SMALL)]
-    assert (first.verdict == "cannot tell").sum() >= 3
+    verdicts = found[found.model == LARGE].set_index("claim").verdict
+    assert verdicts["plus-affirms"] == "reproduced"
     assert verdicts["dilemmas-minus-dishonest"] != "reproduced"

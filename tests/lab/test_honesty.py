@@ -34,6 +34,12 @@ def test_the_direction_is_the_second_component_where_a_means_true(
     assert fitted.accuracy[fitted.best] == fitted.accuracy.max()
 
 
+def test_the_direction_can_be_fitted_to_claims_of_ones_own(model: Any) -> None:
+    own = sl.datasets.load("claims").iloc[20:28]
+    found = honesty.fit(model, 8, claims=own)
+    assert set(found.pairs.labels.id) == set(own.id) and found.held_out.empty
+
+
 def test_fitted_and_held_out_claims_are_apart_and_keep_twins(fitted: honesty.Fit) -> None:
     trained = fitted.trained(6)
     assert len(trained) == 6 and trained.pair.nunique() == 3

@@ -73,8 +73,25 @@ def test_the_dose_is_the_largest_within_the_budget(tiny: Any, own: Behaviour) ->
     dose, kl = table.loc[tuple(at), "dose"], table.loc[tuple(at), "kl"]
     assert kl == pytest.approx(price(model, found[at](dose)), abs=1e-4)
     assert kl <= BUDGET < price(model, found[at](1.5 * dose)), dose
+    small = methods.doses_within(model, {at: [found[at]]}, kl / 400, 4)  # below the first grid
+    assert methods.LOW_DOSES[0] < small.loc[tuple(at), "dose"] < methods.DOSES[0]
+    assert small.loc[tuple(at), "kl"] <= kl / 400
     dear = methods.doses_within(model, {at: [found[at]]}, 1e-9, 4)  # none is that cheap
-    assert dear.loc[tuple(at), "dose"] == methods.DOSES[0]
+    assert dear.loc[tuple(at), "dose"] == methods.LOW_DOSES[0]
+
+
+def test_a_dose_beyond_a_dear_one_is_not_taken(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it costs little itself: 0.6 of it, which is tried too, might not."""
+    model, costs = tiny("llama")[0], {}
+
+    def kl_by_prompt(_: Any, __: Any, named: Any) -> pd.DataFrame:
+        rows = [{**fields, "kl": costs.get(round(fields["dose"], 6), 0.1)} for fields, _ in named]
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(methods.logprobs, "kl_by_prompt", kl_by_prompt)
+    costs[round(methods.DOSES[2], 6)] = 0.9
+    table = methods.doses_within(model, {At("x", 1): [lambda dose: None]}, 0.5, 2)
+    assert methods.DOSES[1] < table.dose.item() < methods.DOSES[2]
 
 
 def test_what_is_chosen_is_best_on_dev(tiny: Any, own: Behaviour, chosen: pd.DataFrame) -> None:
@@ -138,6 +155,32 @@ def test_summary_asks_for_more_than_both_families() -> None:
     assert bool(table.works["strong"]) and not table.works[["weak", "random"]].any()
     assert table.random["strong"] == pytest.approx(0.7)
     assert table.effect["strong"] == pytest.approx(3.0, abs=0.5)
+
+
+def test_what_a_random_vector_does_too_does_not_work() -> None:
+    """Although its interval leaves 0 and it lies beyond both families."""
+    frame = made_up(strong=3.0, **{"draw 1": 2.0, "draw 2": 2.2})
+    table = methods.summary(frame).set_index("method")
+    assert table.tuned.to_dict() == pytest.approx(
+        {"strong": table.effect["draw 2"], "draw 1": table.effect["draw 2"],
+         "draw 2": table.effect["draw 1"]}
+    )  # fmt: skip
+    assert table.works.to_dict() == {"strong": True, "draw 1": False, "draw 2": True}
+
+
+def test_directions_are_exchanged_against_random_ones() -> None:
+    frame = pd.concat(
+        made_up(strong=3.0, same=0.35, **{"draw 1": 3.0 * (b == "b")}).assign(behaviour=b)
+        for b in "abc"
+    )
+    table = methods.against_random(frame).set_index("method")
+    # of three behaviours and eight members: all nine orders at the top, 9^-3
+    assert table.p["strong"] == pytest.approx(9**-3, abs=1e-3)
+    assert table.effect["strong"] == pytest.approx(3.0, abs=0.5)
+    assert 0.2 < table.p["same"] < 0.8  # a member like the others
+    assert 9**-3 < 0.02 < table.p_holm["draw 1"]  # stands out on one behaviour of three only
+    one = methods.against_random(made_up(strong=3.0)).set_index("method")
+    assert one.p["strong"] == pytest.approx(1 / 9, abs=0.02)
 
 
 def test_ties_are_called_ties() -> None:

@@ -56,6 +56,7 @@ def test_a_notebook_starts_with_its_own_model_unless_another_is_named(
     assert (run.notebook, run.preset) == ("03_residual_fractions", "smoke")
     assert run.model_name == str(tmp_path) and run.pick(smoke=1, quick=2, paper=3) == 1
     assert str(run.load("bfloat16").cfg.dtype) == "torch.bfloat16"
+    assert "x" * 200 in repr(pd.DataFrame({"a": ["x" * 200]}))  # tables are shown whole
     monkeypatch.setenv("PRESET", "paper")
     assert settings.start("03", by_preset).model_name == "gpt2-xl"
     monkeypatch.setenv("MODEL", str(tmp_path))

@@ -282,6 +282,22 @@ def test_judge_compares_ratios_by_their_logarithms(claims: Path) -> None:
         assert (row["value"], row["low"], row["high"]) == pytest.approx(ratio)
 
 
+def test_judge_counts_from_chance(claims: Path) -> None:
+    """Half of all pairs is no effect; what is shown stays a share."""
+    to = {"model": "m", "bound": 0.05, "chance": 0.5}
+    row = tables.judge("front", (0.7, 0.6, 0.8), **to)
+    assert (row["value"], row["low"], row["high"], row["verdict"]) == (0.7, 0.6, 0.8, "reproduced")
+    for interval, more, verdict in (
+        ((0.7, 0.6, 0.8), {"beyond": [0.6, 0.71]}, "cannot tell"),
+        ((0.7, 0.6, 0.8), {"number": 0.95}, "weaker"),
+        ((0.7, 0.6, 0.8), {"number": 0.85}, "reproduced"),
+        ((0.5, 0.48, 0.52), {}, "not seen"),
+        ((0.3, 0.2, 0.4), {}, "opposite"),
+        ((0.3, 0.2, 0.4), {"against": [0.25]}, "cannot tell"),
+    ):
+        assert tables.judge("front", interval, **to, **more)["verdict"] == verdict
+
+
 def test_judge_shows_the_natural_quantity(claims: Path) -> None:
     """The sign serves the verdict alone; what the table shows has its own unit, or the source's."""
     to = {"model": "m", "bound": 0.25}

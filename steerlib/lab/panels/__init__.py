@@ -1,5 +1,6 @@
 """Controls: sliders in, completions and pictures out. No science in here."""
 
+from .app import AppPanel
 from .explorer import ExplorerPanel
 from .heatmap import HeatmapPanel
 from .overview import ClaimsPanel
@@ -8,6 +9,7 @@ from .strength import StrengthPanel
 from .token import TokenPanel
 
 __all__ = [
+    "AppPanel",
     "ClaimsPanel",
     "ExplorerPanel",
     "HeatmapPanel",

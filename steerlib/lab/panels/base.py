@@ -16,7 +16,8 @@ import io
 import signal
 import threading
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
@@ -32,6 +33,21 @@ if TYPE_CHECKING:
 
 WIDE = {"width": "95%"}
 LINE = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4"
+CLASS, LATE, TEXTS = "steerlib-panel", "steerlib-late", "steerlib-texts"
+# Where the keyboard is has to be seen; what is not of the present settings yet is pale; columns of
+# text stand below each other on a narrow page.
+CSS = f"""<style>
+.{CLASS}.{CLASS}.{CLASS} :focus-visible {{
+  outline: 3px solid #0072B2 !important; outline-offset: 2px; }}
+.{CLASS} .widget-inline-hbox, .{CLASS} .widget-button, .{CLASS} img {{ max-width: 100%; }}
+.{CLASS} .{LATE} {{ opacity: 0.35; }}
+@media (max-width: 600px) {{
+  .{CLASS} .{TEXTS}, .{CLASS} .{TEXTS} :is(tbody, tr, td) {{
+    display: block; width: auto !important; }}
+  .{CLASS} .{TEXTS} th {{ display: none; }}
+  .{CLASS} .{TEXTS} td[data-label]::before {{ content: attr(data-label) ": "; color: #555555; }}
+}}
+</style>"""
 
 
 class Panel(ipw.VBox):
@@ -44,12 +60,21 @@ class Panel(ipw.VBox):
         self.picture = ipw.Image(format="png", layout={"display": "none", **own_size})
         self._task: asyncio.Task[None] | None = None
         self._loop = _running_loop()
+        self.add_class(CLASS)
 
     def _show(self, controls: Sequence[ipw.Widget], children: Sequence[ipw.Widget]) -> None:
         """Listen to the controls, lay out the children, and compute the first output."""
         for control in controls:
             control.observe(self._changed, names="value")
-        self.children = (*children, self.output, self.picture)
+        self.children = (ipw.HTML(CSS), *children, *self._outputs())
+        self._first()
+
+    def _outputs(self) -> Sequence[ipw.Widget]:
+        """What stands below the controls."""
+        return self.output, self.picture
+
+    def _first(self) -> None:
+        """Compute what is shown first, so that a saved notebook holds it."""
         for _ in self._steps():
             pass
 
@@ -183,6 +208,31 @@ def slider(
     if step is None:
         return ipw.IntSlider(value, low, high, **more)
     return ipw.FloatSlider(value, min=min(low, value), max=max(high, value), step=step, **more)
+
+
+def reach(slider: Any, value: float) -> None:
+    """Move a slider of floats, stretched so that the arrow keys go there and back in ten steps."""
+    if size := abs(value):
+        slider.min, slider.max = min(slider.min, -2 * size), max(slider.max, 2 * size)
+    slider.value = value
+    if size:
+        slider.min, slider.max, slider.step = -2 * size, 2 * size, size / 10
+
+
+def folds(parts: Mapping[str, ipw.Widget]) -> list[ipw.Widget]:
+    """Buttons that show and hide a widget each, and the widgets: the keyboard reaches them, as it
+    does not the titles of an Accordion."""
+    buttons = []
+    for name, part in parts.items():
+        part.layout.display = "none"
+        button = ipw.ToggleButton(description=name, tooltip=f"show or hide {name}")
+        button.observe(partial(_unfold, part), names="value")
+        buttons.append(button)
+    return [*in_rows(buttons), *parts.values()]
+
+
+def _unfold(part: ipw.Widget, change: Any) -> None:
+    part.layout.display = "" if change["new"] else "none"
 
 
 def in_rows(*groups: Sequence[ipw.Widget]) -> list[ipw.Widget]:

@@ -82,9 +82,11 @@ class ExplorerPanel(Panel):
             share, low, high = probes.pair_accuracy(held_out, directions[name], twins)
             said.append(f"{name} {share:.2f} ({low:.2f} to {high:.2f})")
         head = f"Layer {layer}, {len(held_out)} held-out pairs. The honest answer is higher:"
-        with plt.rc_context({**plots.STYLE, "figure.constrained_layout.use": False}):
-            figure, (left, right) = plt.subplots(1, 2, figsize=(2 * plots.WIDTH, 4.4))
-        figure.subplots_adjust(0.07, 0.33, 0.99, 0.97, 0.18)  # to lay out anew is half the time
+        wide = 2 * plots.COLUMN
+        with plt.rc_context({**plots.style(wide), "figure.constrained_layout.use": False}):
+            figure, (left, right) = plt.subplots(1, 2, figsize=(wide, 4.8))
+            figure.suptitle(f"Layer {layer}, held-out answers along {x} and {y}")
+        figure.subplots_adjust(0.12, 0.43, 0.99, 0.9, 0.3)  # to lay out anew is half the time
         plots.groups_scatter(frame, x, y, ax=left)
         plots.group_histogram(frame, x, ax=right)
         said_all = html.escape(f"{head} " + ", ".join(said))

@@ -19,7 +19,7 @@ from ...models.loading import list_models, load_model, pick_device
 from ...operators import Ablate
 from ...vectors import SteeringVector
 from .. import tables
-from .base import LINE, WIDE, VectorPanel, in_rows, slider, table_row
+from .base import LINE, TEXTS, VectorPanel, folds, in_rows, slider, table_row
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -127,10 +127,10 @@ class SteeringPanel(VectorPanel):
             [] if fraction is None else [self.fraction, self.which],
         ]
         more = [self.model, self.op, self.samples, self.seed, self.colour]
-        titles = ("more", "copy as code")
-        folded = ipw.Accordion([*in_rows(more), self.listing], titles=titles, layout=WIDE)
+        (rest,) = in_rows(more)
+        folded = folds({"more": rest, "copy as code": self.listing})
         self.position.disabled = first is None
-        self._show([*sum(groups, []), *more], [*choose, *in_rows(*groups), folded])
+        self._show([*sum(groups, []), *more], [*choose, *in_rows(*groups), *folded])
 
     def code(self) -> str:
         """The lines that give what is on screen."""
@@ -158,21 +158,28 @@ class SteeringPanel(VectorPanel):
             self.bridge = load_model(name, dtype=kind, device=cfg.device)
             self.layer.max = self.bridge.cfg.n_layers - 1
 
-    def _condition(self) -> tuple[Condition, str, list[str]]:
-        """What steers, its name, and the code that makes it."""
+    def _vector(self) -> tuple[SteeringVector, str, str]:
+        """The vector, its name, and the code that makes it."""
         name = self.vector.value
         if self._given:
-            vector = self._given[name]
             made = f"vectors[{name!r}]  # vectors: as given to the panel" if name else ""
-        else:
-            vector = self.made()
-            texts = f"{self.plus.value!r}, {self.minus.value or None!r}"
-            made = f"sl.SteeringVector.from_prompts(model, {texts}, layer={self.layer.value})"
+            return self._given[name], name, made
+        texts = f"{self.plus.value!r}, {self.minus.value or None!r}"
+        made = f"sl.SteeringVector.from_prompts(model, {texts}, layer={self.layer.value})"
+        return self.made(), "", made
+
+    def _coefficient(self) -> float:
+        """That of the slider, which counts in steps and so may miss 0 by its last bit."""
+        return float(round(self.coefficient.value, 6)) + 0.0
+
+    def _condition(self) -> tuple[Intervention, str, list[str]]:
+        """What steers, its name, and the code that makes it."""
+        vector, name, made = self._vector()
         lines = [f"vector = {made}" if made else "# vector: the one given to the panel"]
         if (part := self.fraction.value) < 1:
             vector = vector.truncate(part, self.which.value)
             lines.append(f"vector = vector.truncate({part!r}, {self.which.value!r})")
-        kind, coefficient = self.op.value, self.coefficient.value
+        kind, coefficient = self.op.value, self._coefficient()
         at: At | None = None
         if self._place:
             first = self.position.value
@@ -241,13 +248,20 @@ def _side_by_side(prompt: str, title: str, cells: Mapping[tuple[int, int], str])
     style = f"width:50%;vertical-align:top;{LINE};padding:4px 12px 4px 0"
     if "\n" in prompt:
         above, bold = f"<tr><td colspan='2' style='{style}'>{bold}</td></tr>", ""
+    names = ("unsteered", "steered")
     lines = "".join(
-        "<tr>" + "".join(f"<td style='{style}'>{bold}{cells[s, c]}</td>" for c in (0, 1)) + "</tr>"
+        "<tr>"
+        + "".join(
+            f"<td data-label='{name}' style='{style}'>{bold}{cells[s, c]}</td>"
+            for c, name in enumerate(names)
+        )
+        + "</tr>"
         for s in range(len(cells) // 2)
     )
     heads = ("unsteered", f"steered: {title}")
     head = "".join(f"<th style='text-align:left;{LINE}'>{html.escape(h)}</th>" for h in heads)
-    return f"<table style='width:95%;table-layout:fixed'>{above}<tr>{head}</tr>{lines}</table>"
+    wide = f"class='{TEXTS}' style='width:95%;table-layout:fixed'"
+    return f"<table {wide}>{above}<tr>{head}</tr>{lines}</table>"
 
 
 def _coloured(

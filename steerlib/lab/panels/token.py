@@ -11,11 +11,14 @@ import ipywidgets as ipw
 from ...interventions import Add
 from ...measure.lens import logit_lens, relative_norms
 from ...measure.logprobs import next_token_shift
+from .. import plots
 from .base import VectorPanel, in_rows, table_row
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
+
+    from ...vectors import SteeringVector
 
 
 class TokenPanel(VectorPanel):
@@ -25,9 +28,9 @@ class TokenPanel(VectorPanel):
         model, prompt, plus, minus, layer, coefficient, coefficient_range: as for `SteeringPanel`.
         top: how many tokens to show on each side.
 
-    Left: the tokens that gain and lose most probability. Right: the logit lens of the vector and
-    its norm beside the stream's, position by position. Texts are escaped, a mistake in an input
-    is shown as a sentence.
+    Left: the tokens that gain and lose most probability, as paired bars. Right: the logit lens of
+    the vector and its norm beside the stream's, position by position. Texts are escaped, a mistake
+    in an input is shown as a sentence.
     """
 
     def __init__(
@@ -56,32 +59,69 @@ class TokenPanel(VectorPanel):
         act = Add(vector, "front", coefficient)
         shift = next_token_shift(self.bridge, prompt, act)
         yield
-        norms = relative_norms(self.bridge, prompt, vector)
-        said = logit_lens(self.bridge, vector, top=self._top)
-        table = norms.merge(said, on=["layer", "position"])
-        self.output.value = self._render(shift, table, coefficient)
+        said = inside(self.bridge, prompt, vector, coefficient, self._top)
+        bars = next_tokens(shift, self._top, f"coefficient {coefficient:+g}")
+        kl = f"<p>KL(steered || unsteered) = {shift.kl_contribution.sum():.3f} nats</p>"
+        self.output.value = abreast(bars + kl, said)
 
-    def _render(self, shift: pd.DataFrame, vector: pd.DataFrame, coefficient: float) -> str:
-        change = (shift.p_after - shift.p_before).sort_values()
-        picked = [*change.index[::-1][: self._top], *change.index[: self._top][::-1]]
-        moved = "".join(
-            table_row(repr(row.token), f"{row.p_before:.4f}", f"{row.p_after:.4f}")
-            for row in shift.loc[picked].itertuples()
-        )
-        said = "".join(
-            table_row(
-                f"{row.position} {row.token_x!r}",
-                f"{abs(coefficient) * row.ratio:.2f}",
-                "" if row.vector_norm == 0 else " ".join(map(repr, row.top)),
+
+def abreast(*parts: str) -> str:
+    """Pieces of HTML side by side, below each other where a page is narrow."""
+    cells = (f"<div style='flex:1 1 20em;min-width:0;overflow-x:auto'>{p}</div>" for p in parts)
+    return f"<div style='display:flex;flex-wrap:wrap;gap:0 2em'>{''.join(cells)}</div>"
+
+
+def next_tokens(shift: pd.DataFrame, top: int, steered: str) -> str:
+    """Paired bars of HTML: the tokens that gain and lose most probability.
+
+    Args:
+        shift: as `logprobs.next_token_shift` returns it.
+        top: how many tokens of either kind.
+        steered: what the second bar of a pair is called.
+
+    Each pair says its numbers when pointed at, and to a screen reader.
+    """
+    change = (shift.p_after - shift.p_before).sort_values()
+    sides = {"more likely": change.index[::-1][:top], "less likely": change.index[:top]}
+    picked = shift.loc[[i for side in sides.values() for i in side]]
+    longest = float(picked[["p_before", "p_after"]].to_numpy().max())
+    names = {"before": plots.COLOURS["unsteered"], steered: plots.COLOURS["steered"]}
+    box = "display:inline-block;width:0.8em;height:0.8em;margin:0 0.3em 0 0.8em;background:"
+    parts = [f"<i style='{box}{c}'></i>{html.escape(name)}" for name, c in names.items()]
+    parts = [f"<p>Next token, probability up to {longest:.2g}: {''.join(parts)}</p>"]
+    for side, index in sides.items():
+        parts.append(f"<strong>{side}</strong>")
+        for row in shift.loc[index].itertuples():
+            said = html.escape(f"{row.token!r}: {row.p_before:.4f}, then {row.p_after:.4f}")
+            bars = "".join(
+                f"<i style='display:block;height:0.45em;background:{colour};"
+                f"width:{100 * p / longest:.2f}%'></i>"
+                for p, colour in zip((row.p_before, row.p_after), names.values(), strict=True)
             )
-            for row in vector.itertuples()
+            name = html.escape(repr(row.token))
+            parts.append(
+                f'<div role="img" aria-label="{said}" title="{said}" style="display:grid;'
+                'grid-template-columns:minmax(0,9em) minmax(0,1fr);gap:0.6em;align-items:center">'
+                f'<span style="text-align:right;overflow:hidden;text-overflow:ellipsis">{name}'
+                f"</span><span>{bars}</span></div>"
+            )
+    return "".join(parts)
+
+
+def inside(
+    model: TransformerBridge, prompt: str, vector: SteeringVector, coefficient: float, top: int
+) -> str:
+    """A table: a vector beside the stream that it meets, and its logit lens, by position."""
+    table = relative_norms(model, prompt, vector).merge(
+        logit_lens(model, vector, top=top), on=["layer", "position"]
+    )
+    lines = "".join(
+        table_row(
+            f"{row.position} {row.token_x!r}",
+            f"{abs(coefficient) * row.ratio:.2f}",
+            "" if row.vector_norm == 0 else " ".join(map(repr, row.top)),
         )
-        head = table_row("next token", "before", f"{coefficient:+g}", tag="th")
-        kl = f"KL(steered || unsteered) = {shift.kl_contribution.sum():.3f} nats"
-        left = f"<table>{head}{moved}</table><p>{html.escape(kl)}</p>"
-        head = table_row("position", "norm / stream", "logit lens of the vector", tag="th")
-        right = f"<table>{head}{said}</table>"
-        cell = "<div style='flex:1 1 22em;padding-right:2em'>"
-        return (
-            f"<div style='display:flex;flex-wrap:wrap'>{cell}{left}</div>{cell}{right}</div></div>"
-        )
+        for row in table.itertuples()
+    )
+    head = table_row("position", "norm / stream", "logit lens of the vector", tag="th")
+    return f"<table>{head}{lines}</table>"

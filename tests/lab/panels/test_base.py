@@ -15,7 +15,16 @@ import pytest
 from matplotlib import pyplot as plt
 
 import steerlib as sl
-from steerlib.lab.panels.base import Panel, VectorPanel, in_rows, png, slider, table_row
+from steerlib.lab.panels.base import (
+    Panel,
+    VectorPanel,
+    folds,
+    in_rows,
+    png,
+    reach,
+    slider,
+    table_row,
+)
 
 EVIL = "<script>alert(1)</script>"
 
@@ -44,7 +53,8 @@ class Count(Panel):
 def test_the_first_output_is_there_before_the_panel_is_shown() -> None:
     p = Count(4)
     assert p.output.value == "<p>4 of 4</p>" and p.finished == 1
-    assert p.children == (p.n, p.output, p.picture)
+    style, *rest = p.children
+    assert rest == [p.n, p.output, p.picture] and ":focus-visible" in style.value
 
 
 # ---------------------------------------------------------------- when a control is moved
@@ -175,6 +185,28 @@ def test_a_slider_reaches_its_first_value_and_reports_where_it_is_let_go() -> No
         assert (made.min, made.max) == (min(value, -10), max(value, 10))
         assert not made.continuous_update
     assert isinstance(slider("layer", 3, 0, 5), ipw.IntSlider)
+
+
+def test_a_slider_stretches_around_a_value_and_the_arrow_keys_meet_zero() -> None:
+    made = slider("coefficient", 3.0, -10, 10, 0.5)
+    for value in (31.223, -0.088, 2.858):
+        reach(made, value)
+        assert made.value == value
+        assert (made.min, made.max) == (-2 * abs(value), 2 * abs(value))
+        assert made.step == abs(value) / 10
+    reach(made, 0.0)
+    assert made.value == 0 and made.max == 2 * 2.858
+
+
+def test_folds_open_and_close() -> None:
+    a, b = ipw.Text(), ipw.HTML()
+    row, *parts = folds({"more": a, "code": b})
+    assert parts == [a, b] and [x.description for x in row.children] == ["more", "code"]
+    assert a.layout.display == b.layout.display == "none"
+    row.children[0].value = True
+    assert a.layout.display == "" and b.layout.display == "none"
+    row.children[0].value = False
+    assert a.layout.display == "none"
 
 
 def test_rows_and_cells() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import html
+import re
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import n_hooks
 
@@ -25,15 +27,31 @@ def test_it_shows_the_tokens_that_move_most_and_escapes_them(tiny: Any) -> None:
     vector = sl.SteeringVector.from_prompts(model, " wedding", " ", layer=2)
     shift = sl.next_token_shift(model, PROMPT, 4 * vector)
     best = shift.loc[(shift.p_after - shift.p_before).idxmax()]
-    for cell in (html.escape(repr(best.token)), f"{best.p_before:.4f}", f"{best.p_after:.4f}"):
-        assert f">{cell}</td>" in shown
-    assert f"{shift.kl_contribution.sum():.3f} nats" in shown and ">+4</th>" in shown
+    said = f"{best.token!r}: {best.p_before:.4f}, then {best.p_after:.4f}"
+    assert f'aria-label="{html.escape(said)}"' in shown
+    assert f"{shift.kl_contribution.sum():.3f} nats" in shown and "coefficient +4" in shown
     norms = sl.relative_norms(model, PROMPT, vector)
     assert f">{4 * norms.ratio.iloc[-1]:.2f}</td>" in shown
     said = sl.logit_lens(model, vector, top=4).top.iloc[-1]
     assert html.escape(" ".join(map(repr, said))) in shown
     markup = TokenPanel(model, "<script> & <b>", " <script>", " ", layer=2).output.value
     assert "<script>" not in markup and "<b>" not in markup
+
+
+def test_bars_are_as_long_as_the_probabilities() -> None:
+    frame = pd.DataFrame(
+        {
+            "token": [" a", "<b>", " c", " d"],
+            "p_before": [0.1, 0.2, 0.4, 0.0],
+            "p_after": [0.5, 0.1, 0.05, 0.1],
+        }
+    )
+    shown = token.next_tokens(frame, 2, "with <it>")
+    order = re.findall(r'role="img" aria-label="([^"]*):', shown)
+    assert list(map(html.unescape, order)) == ["' a'", "' d'", "' c'", "'<b>'"]
+    lengths = list(map(float, re.findall(r"width:([\d.]+)%", shown)))
+    assert lengths == pytest.approx([20, 100, 0, 20, 80, 10, 40, 20])
+    assert "up to 0.5" in shown and "<b>'" not in shown and "with &lt;it&gt;" in shown
 
 
 def test_a_mistake_becomes_a_sentence(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +91,7 @@ def test_a_moved_slider_cancels_the_run_under_way(tiny: Any) -> None:
         return p.output.value
 
     shown = asyncio.run(move())
-    assert ">-3</th>" in shown and n_hooks(model) == 0
+    assert "coefficient -3" in shown and n_hooks(model) == 0
     fresh = panel(model)
     fresh.layer.value, fresh.coefficient.value = 3, -3.0  # no event loop here: runs at once
     assert fresh.output.value == shown
