@@ -382,10 +382,10 @@ def test_web_page_by_keyboard_and_link(app: str, page: Any, browser: Any) -> Non
     assert page.url == address
     narrow = browser.new_page(viewport={"width": 400, "height": 900})
     console = Console(narrow)
-    again = open_app(narrow, f"{address}&layer=99")
+    again = open_app(narrow, f"{address}&seed=-1")
     assert texts_of(again) == texts_of(panel), address
     kept = again.locator(".widget-html-content [role=status]").inner_text()
-    assert "layer = '99'" in kept and "whole number from 0 to 29" in kept
+    assert "seed = '-1'" in kept and "whole number from 0 to 1000000: '0' is used" in kept
     assert narrow.evaluate("document.documentElement.scrollWidth") <= 400
     sideways = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).length"
     assert again.locator(".widget-html-content").evaluate_all(sideways) == 0

@@ -38,7 +38,7 @@ class Shown(NamedTuple):
 
 FRIEND = "I went up to my friend and said"
 DEMONSTRATIONS = {
-    "15b": Shown("weddings", FRIEND),
+    "15b": Shown("weddings", "I'm excited because I'm going to a"),
     "7": Shown("dragons"),
     "6": Shown("Eiffel in Rome"),
     "10": Shown("to convert you"),
