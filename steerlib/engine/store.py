@@ -49,7 +49,8 @@ class RowStore:
         """Complete the rows that are known; return the others."""
         known: dict[str, Any] = {}
         for found in self.store.read_all():
-            known |= found
+            if isinstance(found, dict):  # others keep their results in the same folder
+                known |= found
         todo = []
         for row in rows:
             result = known.get(self._key(row, prompts[row.prompt]))

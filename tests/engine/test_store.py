@@ -16,6 +16,7 @@ from conftest import mixture, noise
 
 import steerlib as sl
 from steerlib.engine import decode, generate
+from steerlib.files import Store
 
 PROMPTS = [
     "I love dogs",
@@ -59,6 +60,7 @@ def test_nothing_is_computed_twice(tiny: Any, decoded: list[int], tmp_path: Path
     first, count = run()
     assert count == 3 * n
     assert first.equals(sl.generate(model, PROMPTS, conditions, **RUN))
+    Store(tmp_path).write("other", [["not", "a", "row"]])  # others keep their results here too
     second, count = run()
     assert count == 0 and second.equals(first)
     # Another condition beside them, other names, another order: the old rows serve.
@@ -113,6 +115,7 @@ SLOW_SWEEP = """
 import sys, time
 import steerlib as sl
 from steerlib.engine import decode, generate
+from steerlib.files import Store
 import test_store as t
 folder, cache = sys.argv[1:]
 model = sl.load_model(folder, device="cpu")
