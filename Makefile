@@ -267,7 +267,7 @@ lint: $(DEV) ## check style and types
 	@"$(PY)" -m mypy steerlib
 	@"$(VENV)/bin/lint-imports" > $(VENV)/imports.log || { cat $(VENV)/imports.log >&2; exit 1; }
 
-check: lint ## the inner loop: style, types and the fast tests, in a minute and a half
+check: lint ## style, types and the fast tests, some eight minutes; ARGS=tests/engine for a part
 	@"$(PY)" -m pytest -q -m 'not browser and not slow' $(ARGS)
 
 bench: $(DEV) ## measure speed, beside steering-vectors and repeng
