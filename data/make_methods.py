@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import pandas as pd
 
 import steerlib as sl
 from steerlib.files import atomic_write
-from steerlib.lab import behaviours, methods
-
-RESULTS = Path(__file__).parent / "results"
+from steerlib.lab import behaviours, datasets, methods
 
 
 def save(kind: str, model: str, behaviour: str, new: pd.DataFrame) -> None:
     """Put one behaviour's rows into the file of its model."""
-    path = RESULTS / f"{kind}_{model}.csv"
+    path = datasets.result_path(kind, model)
     table = new.round(4).assign(behaviour=behaviour)[["behaviour", *new]]
     if path.is_file():
         old = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,11 @@ import pandas as pd
 
 import steerlib as sl
 from steerlib.files import atomic_write
-from steerlib.lab import behaviours, methods
+from steerlib.lab import behaviours, datasets, methods
 from steerlib.lab.panels import presets
 from steerlib.measure import stats
 from steerlib.vectors import Control
 
-RESULTS = Path(__file__).parent / "results"
 DEV = 24  # items to choose on; as many neutral prompts as `methods.select` takes
 NEUTRAL = 8
 
@@ -80,7 +78,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
     model = sl.load_model(given.model, dtype=given.dtype)
-    path = RESULTS / f"presets_{given.model.replace('/', '--')}.csv"
+    path = datasets.result_path("presets", given.model)
     for name, sign in presets.BEHAVIOURS:
         if given.only and name not in given.only.split(","):
             continue

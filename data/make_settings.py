@@ -19,7 +19,7 @@ import pandas as pd
 
 import steerlib as sl
 from steerlib.files import atomic_write
-from steerlib.lab import demonstrations, settings
+from steerlib.lab import datasets, demonstrations, settings
 from steerlib.measure import stats
 
 DEPTHS = (0.1, 0.2, 0.3, 0.45, 0.6)  # of the model: layers that are tried
@@ -27,7 +27,6 @@ STRENGTHS = (0.5, 1.0, 2.0, 4.0)  # norm of vector over norm of stream
 PAIRS = 5  # of targets and references, from the first on: the cost grows with them
 COLUMNS = ["demonstration", "prompt_number", "family", "control"]
 COLUMNS += ["effect", "target_effect", "shuffled"]
-RESULTS = Path(__file__).parent / "results"
 
 
 class Cell(NamedTuple):
@@ -94,7 +93,7 @@ def main() -> None:
         vector = best.coefficient * demo.vector(model, int(best.layer))
         found = demonstrations.measure(model, demo, vector, PAIRS)
         found = found.rename(columns={"prompt": "prompt_number"})[COLUMNS]
-        replace_rows(RESULTS / f"effects_{given.model.replace('/', '--')}.csv", found)
+        replace_rows(datasets.result_path("effects", given.model), found)
         own = found[found.family == "demonstration"].effect
         others = found[found.family != "demonstration"].groupby("control").effect.mean()
         print(

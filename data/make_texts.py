@@ -10,13 +10,12 @@ steered, the first of seed 0, not picked.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 
 import steerlib as sl
 from steerlib.files import atomic_write
-from steerlib.lab import demonstrations
+from steerlib.lab import datasets, demonstrations
 
 BOUND = 0.25  # nats: as in the notebook
 COLUMNS = ["demonstration", "prompt", "condition", "sample", "completion"]
@@ -37,8 +36,7 @@ def main() -> None:
         conditions = {"unsteered": None, "steered": vector}
         texts = sl.generate(model, prompt, conditions, 3, 30, progress=False)
         frames.append(texts.assign(demonstration=name)[COLUMNS])
-    path = Path(__file__).parent / "results" / f"texts_{given.model}.csv"
-    with atomic_write(path) as file:
+    with atomic_write(datasets.result_path("texts", given.model)) as file:
         pd.concat(frames).to_csv(file, index=False)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
+from ..models.packaged import MODELS
 from ..tokens import chat_prompt, encode, key_token
 
 if TYPE_CHECKING:
@@ -28,6 +29,22 @@ def folder() -> Path:
     # In an installed package the folder beside it belongs to whoever put it there.
     here = package.parent if (package.parent / "pyproject.toml").is_file() else None
     return here / "data" if here else package / "_data"
+
+
+def result_path(kind: str, model: str) -> Path:
+    """Where measurements of a kind are kept for a model; a hub's name has a slash."""
+    return folder() / "results" / f"{kind}_{model.replace('/', '--')}.csv"
+
+
+def result_paths(kind: str) -> dict[str, Path]:
+    """Models in which a kind of measurement was made, the smallest first, and its file."""
+    found = {
+        path.stem.removeprefix(f"{kind}_").replace("--", "/"): path
+        for path in sorted((folder() / "results").glob(f"{kind}_*.csv"))
+    }
+    known = list(MODELS)
+    order = sorted(found, key=lambda m: known.index(m) if m in MODELS else len(known))
+    return {model: found[model] for model in order}
 
 
 def load(name: str) -> pd.DataFrame:

@@ -18,7 +18,6 @@ import numpy as np
 from ..activations import capture
 from ..interventions import Conditions, named
 from ..measure import logprobs, stats
-from ..models.packaged import MODELS
 from ..tokens import encode
 from ..vectors import Control, SteeringVector, controls
 from . import datasets, settings
@@ -270,12 +269,8 @@ def results() -> pd.DataFrame:
     import pandas as pd
 
     frames = []
-    paths = {
-        path.stem.removeprefix("effects_").replace("--", "/"): path  # of a hub's name, or a folder
-        for path in sorted((datasets.folder() / "results").glob("effects_*.csv"))
-    }
-    for name in sorted(paths, key=lambda m: list(MODELS).index(m) if m in MODELS else len(MODELS)):
-        frame = pd.read_csv(paths[name], dtype={"demonstration": str}, keep_default_na=False)
+    for name, path in datasets.result_paths("effects").items():
+        frame = pd.read_csv(path, dtype={"demonstration": str}, keep_default_na=False)
         frame.insert(0, "model", name)
         frames.append(frame.rename(columns={"prompt_number": "prompt"}))
     if not frames:

@@ -19,7 +19,6 @@ import torch
 from ..directions import fit_direction
 from ..interventions import Condition
 from ..measure import logprobs, stats
-from ..models.packaged import MODELS
 from ..operators import Affine, Clamp, Rotate
 from ..tokens import Prefix
 from ..vectors import SteeringVector, controls
@@ -266,8 +265,7 @@ def _draws(vector: SteeringVector) -> dict[str, SteeringVector]:
 
 def chosen(model: TransformerBridge, behaviour: Behaviour) -> pd.DataFrame:
     """What `select` chose, as it was committed for this model; of another model, chosen now."""
-    path = datasets.folder() / "results" / f"doses_{model.cfg.model_name}.csv"
-    if path.is_file():
+    if datasets.result_path("doses", model.cfg.model_name).is_file():
         table = results("doses")
         known = (table.model == model.cfg.model_name) & (table.behaviour == behaviour.name)
         if known.any():
@@ -353,14 +351,10 @@ def results(kind: str = "methods") -> pd.DataFrame:
             columns model and behaviour.
     """
     frames = []
-    paths = {
-        path.stem.removeprefix(f"{kind}_"): path
-        for path in (datasets.folder() / "results").glob(f"{kind}_*.csv")
-    }
-    for name in sorted(paths, key=lambda m: list(MODELS).index(m) if m in MODELS else len(MODELS)):
+    for name, path in datasets.result_paths(kind).items():
         types = {"prompt": str, "control": str}
         empty = {"effect_dev": ""}
-        frame = pd.read_csv(paths[name], dtype=types, keep_default_na=False, na_values=empty)
+        frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
         frames.append(frame.assign(model=name))
     if not frames:
         raise ValueError("There are no results: run data/make_methods.py.")

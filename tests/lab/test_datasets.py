@@ -376,3 +376,16 @@ def test_another_table_is_refused(served: Callable[[str], str], text: str) -> No
     for read in (facts, lambda s: truthful_qa(source=s)):
         with pytest.raises(ValueError, match=r"At .*table\.csv is not the"):
             read(source)
+
+
+def test_results_are_kept_by_model_and_found_smallest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEERLIB_DATA", str(tmp_path))
+    (tmp_path / "results").mkdir()
+    names = ["someone/model", "qwen2.5-coder-1.5b", "smollm2-135m"]
+    for name in names:
+        sl.datasets.result_path("doses", name).write_text("x\n")
+    sl.datasets.result_path("methods", names[0]).write_text("x\n")
+    assert list(sl.datasets.result_paths("doses")) == names[::-1]
+    assert sl.datasets.result_paths("doses")["someone/model"].name == "doses_someone--model.csv"

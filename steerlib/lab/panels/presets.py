@@ -211,7 +211,7 @@ def _demonstrations(model: str) -> list[Preset]:
 
 
 def _behaviours(model: str) -> list[Preset]:
-    path = datasets.folder() / "results" / f"presets_{model.replace('/', '--')}.csv"
+    path = datasets.result_path("presets", model)
     if not path.is_file():
         return []
     table = pd.read_csv(path).set_index(["behaviour", "sign"])
