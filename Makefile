@@ -36,6 +36,7 @@ help:
 	  'MODEL=$(MODEL)' 'a model for every notebook, instead of its own choice' \
 	  'PYTHON=$(PYTHON)' 'makes $(VENV), has to be $(PYTHON_MIN) or newer' \
 	  'SVG=$(SVG)' '1: figures as SVG too' \
+	  'AT_ONCE=$(AT_ONCE)' '1 or 2: how many notebooks (or tests) run at a time' \
 	  'EXTRAS=$(EXTRAS)' 'for setup: optional parts, as in EXTRAS=judges,honesty' \
 	  'ARGS=$(ARGS)' 'for lab, app, tests and bench: handed on, as in ARGS="-k positions"'
 
@@ -112,9 +113,23 @@ LAST      := $(filter $(STATE)/11_%,$(DONE))
 SOURCES   := $(shell find steerlib -name '*.py') \
   $(shell test ! -d data || find data -type f ! -name '*.md' ! -name '*.py' ! -name '*.pyc' ! -path '*/.*')
 
-# How long each notebook takes in a quick run on two cores, in seconds: for the time left that a
-# first `make figs` prints. Later ones go by the last run, which leaves build/<name>.quick.seconds.
-QUICK_SECONDS := 00:73 01:600 02:196 03:200 04:163 05:260 06:125 07:35 08:257 09:188 10:500 11:15 12:150 13:260
+# How long each notebook takes in a quick run on one core, in seconds: for the time left that a first
+# `make figs` prints. Later ones go by the last run, which leaves build/<name>.quick.seconds. They run
+# in this order: long ones first, so that none is left over at the end.
+QUICK_SECONDS := 08:800 01:700 10:450 13:450 12:300 05:260 03:200 02:196 09:188 04:163 06:125 00:73 07:60 11:15
+IN_ORDER := $(foreach s,$(QUICK_SECONDS),$(filter $(STATE)/$(firstword $(subst :, ,$(s)))_%,$(DONE)))
+IN_ORDER := $(filter-out $(LAST),$(IN_ORDER) $(filter-out $(IN_ORDER),$(DONE)))
+
+# Two notebooks at a time, each on half of the cores, are done sooner than one after the other on all.
+# Those of the largest packaged model (7 GB) wait for each other. A model of one's own gets all there is.
+CORES   := $(shell getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1)
+AT_ONCE ?= $(if $(MODEL)$(filter paper,$(PRESET))$(filter 1,$(CORES)),1,2)
+THREADS := $(shell echo $$(($(CORES) / $(AT_ONCE) > 0 ? $(CORES) / $(AT_ONCE) : 1)))
+LARGE   := $(foreach n,06 07 08 09 10 13,$(filter $(STATE)/$(n)_%,$(IN_ORDER)))
+LANES   := $(if $(filter 1,$(AT_ONCE)),lane-all,lane-large lane-small)
+all   := $(IN_ORDER)
+large := $(filter $(LARGE),$(IN_ORDER))
+small := $(filter-out $(LARGE),$(IN_ORDER))
 
 # A run with other settings, or one of which a figure is gone, does not count. One that drew SVGs
 # besides does, whether they are asked for or not.
@@ -136,15 +151,24 @@ NOTEBOOK_ENV = JUPYTER_PREFER_ENV_PATH=1 PRESET=$(PRESET) STEERLIB_FIGS='$(call 
 # What is out of date runs in a make of its own, which goes on after a failure (-k). build/plan says
 # what is to be done (`todo`, with the seconds it should take), as a dry run of that make found out,
 # and what has been (`done`, `failed`).
-PLAN   :=
-AFTER  :=
-HANDED := --no-print-directory PRESET='$(PRESET)' MODEL='$(MODEL)' FIGS='$(FIGS)' SVG='$(SVG)'
+PLAN    :=
+AFTER   :=
+IN_LANE :=
+HANDED := --no-print-directory AT_ONCE='$(AT_ONCE)' PRESET='$(PRESET)' MODEL='$(MODEL)' FIGS='$(FIGS)' SVG='$(SVG)'
+
+lane-%:
+	@$(if $($*),$(MAKE) -k $(HANDED) PLAN='$(PLAN)' IN_LANE=1 $($*),:)
+
+# In a lane one after the other, even if `make -j` would allow for more.
+ifneq ($(IN_LANE),)
+.NOTPARALLEL:
+endif
 
 figs: $(BASE) ## run the notebooks that are out of date, draw every figure
 	@mkdir -p $(STATE); $(MAKE) -n $(HANDED) AFTER=1 $(DONE) \
 	  | { echo "begin $$(date +%s)"; sed -n 's/^: todo/todo/p'; } > $(STATE)/plan
-	@status=0; for done in '$(filter-out $(LAST),$(DONE))' $(LAST); do \
-	  test -z "$$done" || $(MAKE) -k $(HANDED) PLAN=$(STATE)/plan $$done || status=1; \
+	@status=0; for part in '$(LANES)' '$(LAST)'; do \
+	  test -z "$$part" || $(MAKE) -k $(if $(JOBS)$(filter 1,$(AT_ONCE)),,-j$(AT_ONCE)) $(HANDED) PLAN=$(STATE)/plan $$part || status=1; \
 	done; \
 	failed=$$(sed -n 's/^failed //p' $(STATE)/plan | sort | tr '\n' ' '); \
 	test -z "$$failed" || echo "failed: $${failed}(the other figures are in $(FIGS)/)" >&2; exit $$status
@@ -165,7 +189,7 @@ progress = awk -v name='$*' -v say='$(1)' -v now="$$(date +%s)" ' \
   $$1 == "done" { past += seconds[$$2] } \
   $$1 == "done" || $$1 == "failed" { left -= seconds[$$2] } \
   END { \
-    minutes = int(left * (past ? (now - begin) / past : 1) / 60 + 0.5); \
+    minutes = int(left * (past ? (now - begin) / past : 1 / $(AT_ONCE)) / 60 + 0.5); \
     if (place) printf "[%d/%d] ", place, n; printf "%s", say; \
     if (place && !unknown) printf ", about %d min left", minutes ? minutes : 1; \
     printf "$(if $(JOBS),\n, ... )" }' \
@@ -176,7 +200,7 @@ $(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
 	@mkdir -p $(STATE)/notebooks "$(FIGS)"
 	@$(call progress,$*: running (PRESET=$(PRESET)$(if $(MODEL), MODEL=$(MODEL))))
 	@rm -f $@; echo '$(SETTINGS)' > $@.part; begin=$$(date +%s); \
-	$(NOTEBOOK_ENV) JPY_SESSION_NAME=$*.ipynb "$(PY)" -m nbconvert --log-level=WARN --to notebook --execute \
+	$(NOTEBOOK_ENV) OMP_NUM_THREADS=$(THREADS) JPY_SESSION_NAME=$*.ipynb "$(PY)" -m nbconvert --log-level=WARN --to notebook --execute \
 	  --KernelManager.transport_encryption=auto --ExecutePreprocessor.kernel_name=python3 \
 	  --ExecutePreprocessor.startup_timeout=300 --ExecutePreprocessor.timeout=-1 \
 	  --ExecutePreprocessor.store_widget_state=True --ExecutePreprocessor.record_timing=False \
@@ -255,8 +279,11 @@ methods: $(BASE) ## choose how strong each way of steering may be in MODEL, comp
 
 # --- work on the code ----------------------------------------------------------------------
 
+# As many processes as notebooks at a time, each with its share of the cores.
+PYTEST = OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(AT_ONCE) --dist worksteal
+
 test: $(DEV) ## run the tests, but for those in a browser
-	@"$(PY)" -m pytest -m 'not browser' $(ARGS)
+	@$(PYTEST) $(ARGS) -m 'not browser'
 
 test-browser: $(DEV) ## run every notebook and the app in Chromium, move their sliders
 	@"$(PY)" -m pytest -m browser $(ARGS)
@@ -267,8 +294,8 @@ lint: $(DEV) ## check style and types
 	@"$(PY)" -m mypy steerlib
 	@"$(VENV)/bin/lint-imports" > $(VENV)/imports.log || { cat $(VENV)/imports.log >&2; exit 1; }
 
-check: lint ## style, types and the fast tests, some eight minutes; ARGS=tests/engine for a part
-	@"$(PY)" -m pytest -q -m 'not browser and not slow' $(ARGS)
+check: lint ## style, types and the quick tests, some 90 s; ARGS=tests/engine for a part
+	@$(PYTEST) -q $(ARGS) -m 'not browser and not slow and not thorough'
 
 bench: $(DEV) ## measure speed, beside steering-vectors and repeng
 	@"$(PY)" -m benchmarks $(ARGS)

@@ -415,12 +415,10 @@ def named(conditions: Conditions | None) -> dict[Any, Condition]:
         return {"unsteered": None}
     pairs = list(conditions.items() if isinstance(conditions, Mapping) else conditions)
     found = {_hashable(name): condition for name, condition in pairs}
-    if not found or len(found) < len(pairs):
-        raise ValueError(
-            "There is no condition: name one at least."
-            if not found
-            else "Two conditions have the same name."
-        )
+    if not found:
+        raise ValueError("There is no condition: name one at least.")
+    if len(found) < len(pairs):
+        raise ValueError("Two conditions have the same name.")
     return found
 
 

@@ -6,7 +6,7 @@ that the last prompt token of every row stands in the last column and decoding c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
@@ -44,13 +44,10 @@ def encode(model: TransformerBridge, text: str) -> list[int]:
     """
     if not isinstance(text, str):
         raise ValueError(f"A prompt must be a string, got {type(text).__name__}: {text!r}.")
-    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise ValueError(f"The prompt {text!r} is empty: it has to give at least one token.")
+    ids = first_ids(model, text, "prompt")
     bos = model.tokenizer.bos_token_id
-    if model.cfg.default_prepend_bos and bos is not None and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return ids
+    missing = model.cfg.default_prepend_bos and bos is not None and ids[:1] != [bos]
+    return [bos, *ids] if missing else ids
 
 
 def prompt_ids(model: TransformerBridge, prompt: Prompt) -> list[int]:
@@ -64,50 +61,74 @@ def prompt_ids(model: TransformerBridge, prompt: Prompt) -> list[int]:
     try:
         ids = [index(i) for i in prompt]
     except TypeError:
-        kind = type(prompt).__name__
-        raise ValueError(
-            f"A prompt must be a string, or a list of token ids, got {kind}: {prompt!r}."
-        ) from None
+        got = f"got {type(prompt).__name__}: {prompt!r}"
+        raise ValueError(f"A prompt must be a string, or a list of token ids, {got}.") from None
     if not ids:
         raise ValueError("The prompt [] is empty: it has to give at least one token.")
     return ids
 
 
-def continuation_ids(model: TransformerBridge, text: str) -> list[int]:
-    """Token ids of a text that goes on from another: no BOS.
+def first_ids(model: TransformerBridge, text: str, what: str = "text") -> list[int]:
+    """Token ids of a text that begins a prompt, without BOS; ``what`` it is, for the error.
 
     Raises:
         ValueError: it gives no token.
     """
     ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise ValueError(f"The continuation {text!r} is empty: it has to give at least one token.")
+        raise ValueError(f"The {what} {text!r} is empty: it has to give at least one token.")
     return ids
 
 
-def token_texts(model: TransformerBridge, ids: Sequence[int]) -> list[str]:
-    """Every token as text."""
-    return list(model.tokenizer.batch_decode([[i] for i in ids]))
+def continuation_ids(model: TransformerBridge, text: str) -> list[int]:
+    """Token ids of a text that goes on from another: no BOS, and no space that is not in the text,
+    as tokenizers of SentencePiece's kind (Llama 2, Mistral) put it in front of what they are given.
+
+    Raises:
+        ValueError: it gives no token.
+    """
+    ids = first_ids(model, text, "continuation")
+    if _adds_space(model.tokenizer):  # but not behind a line break, which merges with nothing
+        start, both = first_ids(model, "\n"), first_ids(model, "\n" + text)
+        return both[len(start) :] if both[: len(start)] == start else ids
+    return ids
+
+
+def token_texts(model: TransformerBridge, ids: Iterable[int]) -> list[str]:
+    """Every token as text, with the space that it begins with."""
+    return _texts(model.tokenizer, ids)
 
 
 @lru_cache(maxsize=2)
 def vocabulary(tokenizer: Any, size: int) -> list[str]:
     """Every token of the vocabulary as text; kept, for decoding takes longer than a pass."""
-    return list(tokenizer.batch_decode([[i] for i in range(size)]))
+    return _texts(tokenizer, range(size))
+
+
+def _texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    # Decoding takes an added space away again: behind another token there is none to take.
+    start = tokenizer("a", add_special_tokens=False)["input_ids"] if _adds_space(tokenizer) else []
+    texts = tokenizer.batch_decode([[*start, i] for i in ids])
+    return [text[1 if start else 0 :] for text in texts]
+
+
+@lru_cache(maxsize=8)
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether it puts a space in front of a text."""
+    first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return "".join(tokenizer.convert_ids_to_tokens(first)).startswith(("▁", "Ġ"))
 
 
 def single_token(model: TransformerBridge, text: str) -> int:
-    """The one token that ``text`` is.
+    """The one token that ``text`` is, where it goes on from another.
 
     Raises:
         ValueError: it is several.
     """
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = continuation_ids(model, text)
     if len(ids) != 1:
-        pieces = [model.tokenizer.decode([i]) for i in ids]
-        raise ValueError(
-            f"{text!r} is {len(ids)} tokens for {model.cfg.model_name} ({pieces}), not 1."
-        )
+        found = f"{len(ids)} tokens for {model.cfg.model_name} ({token_texts(model, ids)})"
+        raise ValueError(f"{text!r} is {found}, not 1.")
     return int(ids[0])
 
 

@@ -15,7 +15,7 @@ import torch
 from .activations import capture, capture_groups, check_layers, check_site
 from .directions import fit_direction, parse_method
 from .formats import gguf, tensors
-from .tokens import common_prefix, continuation_ids, encode, single_token
+from .tokens import common_prefix, encode, first_ids, single_token
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -262,7 +262,7 @@ class SteeringVector:
         """
         n, layers = vector.n_positions, sorted(vector.layers)
         if vector.at == "front":
-            body, ids = continuation_ids(model, text), encode(model, text)
+            body, ids = first_ids(model, text), encode(model, text)
             bos = ids[: len(ids) - len(body)]
             pair = [[*bos, *body * n][:n], [*bos, *[single_token(model, pad)] * n][:n]]
             acts = capture_groups(model, [pair], layers, range(n), vector.site)[0]
@@ -327,10 +327,8 @@ class SteeringVector:
             )
         n = max(self.n_positions, other.n_positions)
         if self.n_positions != other.n_positions and self.at != "front":
-            raise ValueError(
-                f"Cannot add vectors of {self.n_positions} and {other.n_positions} positions "
-                f"that act at {self.at!r}."
-            )
+            sizes = f"{self.n_positions} and {other.n_positions} positions"
+            raise ValueError(f"Cannot add vectors of {sizes} that act at {self.at!r}.")
         zero = torch.zeros(n, self.d_model)
         layers = {}
         for layer in sorted({*self.layers, *other.layers}):

@@ -29,6 +29,21 @@ She asked why, he said because, and they both laughed about the little dog that 
 ARCHITECTURES = ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "gemma3_text"]
 
 
+# `make check` runs the tests on these two (one without, one with rotary positions, grouped heads
+# and windows) and leaves the others, and the real model, to `make test`.
+QUICK_ARCHITECTURES = {"gpt2", "gemma3_text"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``thorough`` what the inner loop does without."""
+    others = set(ARCHITECTURES) - QUICK_ARCHITECTURES
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        given = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
+        if {"model", "plain_model"} & set(item.fixturenames) or others & given:
+            item.add_marker("thorough")
+
+
 @pytest.fixture(scope="session")
 def model() -> Any:
     """SmolLM2-135M-Instruct in float32."""
@@ -61,6 +76,27 @@ def make_tokenizer(bos: bool = True) -> Any:
     bpe.train_from_iterator([TEXT], trainer)
     special = {"eos_token": "</s>", "pad_token": "</s>", **({"bos_token": "<s>"} if bos else {})}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def spacing_tokenizer() -> Any:
+    """A small tokenizer of SentencePiece's kind, as Llama 2 has it: it puts a space in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=200,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=[*"▁AB(\n"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT.replace("\n", " "), "\n", "A", "B"], trainer)
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
 def merging_tokenizer() -> Any:

@@ -122,6 +122,7 @@ CASES: dict[str, tuple[list[str], list[Any], list[int]]] = {
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thorough
 def test_sharing_a_prefix_changes_nothing(tiny: Any, architecture: str, bos: bool) -> None:
     model, plain = tiny(architecture, bos)
     for name, (prefixes, endings, positions) in CASES.items():
@@ -183,6 +184,7 @@ def test_a_prefix_runs_once_for_all_its_endings(tiny: Any) -> None:
     assert shapes == [(20, longest)]  # nothing stands before the first wanted position
 
 
+@pytest.mark.thorough
 def test_blocks_above_the_last_wanted_one_do_not_run(tiny: Any) -> None:
     for architecture in ARCHITECTURES:
         model, _ = tiny(architecture)

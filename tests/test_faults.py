@@ -107,6 +107,7 @@ def sweep(model: Any, cache: Any = None) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.thorough
 def test_an_interrupt_keeps_what_is_finished(tiny: Any, tmp_path: Path, kept: bool) -> None:
     model, _ = tiny("llama")
     cache, when = tmp_path / "cache", 4 * 3 + 2  # in the second token of the fourth batch
@@ -288,6 +289,7 @@ t.save_figure(folder, None, 2.0)
 
 
 @pytest.mark.parametrize("when", ["drawing", "renaming", "writing numbers"])
+@pytest.mark.thorough
 def test_a_kill_while_a_figure_is_written(tmp_path: Path, when: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FIGURES, tmp_path, when],

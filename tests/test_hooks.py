@@ -147,6 +147,7 @@ def test_generate_under_steer(booted: Any, architecture: str, i: int) -> None:
 
 
 @pytest.mark.parametrize("at", ["front", "generated", [6]])  # 6: generated in "I love dogs"
+@pytest.mark.thorough
 def test_steer_on_the_real_model(booted: Any, at: Any) -> None:
     model, plain = booted("smollm2")
     i, k = (0, 2) if at == "front" else (1, 1)
@@ -156,6 +157,7 @@ def test_steer_on_the_real_model(booted: Any, at: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.thorough
 def test_every_way_to_generate_says_the_same(booted: Any, architecture: str) -> None:
     model, _ = booted(architecture)
     tokens, mask = padded(model)
@@ -387,6 +389,7 @@ def test_methods_of_the_model_come_back(booted: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.thorough
 def test_no_condition_is_bit_identical(booted: Any) -> None:
     for name in ("llama", "gpt2", "smollm2"):
         model, _ = booted(name)

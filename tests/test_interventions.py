@@ -311,6 +311,7 @@ def test_a_kind_of_ones_own_beside_the_others(tiny: Any, architecture: str) -> N
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.thorough
 def test_a_kind_of_ones_own_while_generating(tiny: Any) -> None:
     model, plain = tiny("gpt2")
     conditions = own_kinds(model)

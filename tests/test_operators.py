@@ -248,6 +248,7 @@ RUN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3_text"])
+@pytest.mark.thorough
 def test_all_kinds_while_generating(tiny: Any, architecture: str) -> None:
     """Cached, uncached, by hand, and in TransformerLens' own loop."""
     model, plain = tiny(architecture)
@@ -325,6 +326,7 @@ def as_acts(condition: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thorough
 def test_when_in_one_batch_equals_plain_hooks(tiny: Any, architecture: str) -> None:
     """Row by row: some prompts pass, some do not."""
     model, plain = tiny(architecture)
@@ -368,6 +370,7 @@ def m_passes(model: Any, when: Any, prompt: str) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.thorough
 def test_when_is_remembered_while_generating(tiny: Any, architecture: str) -> None:
     """Prompts that share a beginning, samples that share a prompt, rows that leave early; cached,
     uncached, one condition at a time, by hand, and in TransformerLens' own loop."""
@@ -405,6 +408,7 @@ def test_when_is_remembered_while_generating(tiny: Any, architecture: str) -> No
     assert n_hooks(model) == 0
 
 
+@pytest.mark.thorough
 def test_when_in_every_number(tiny: Any) -> None:
     """Propensity, choices, perplexity, changes, surprisal, lens: the same rows pass everywhere."""
     model, plain = tiny("llama")
@@ -455,6 +459,7 @@ def test_when_in_every_number(tiny: Any) -> None:
         assert lens.equals(control) != m_passes(model, act, prompt)
 
 
+@pytest.mark.thorough
 def test_when_under_plain_hooks_reads_every_pass_anew(tiny: Any) -> None:
     model, plain = tiny("gpt2")
     for act in conditional(model).values():
@@ -532,6 +537,7 @@ def variations(model: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.thorough
 def test_two_parameters_two_keys(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     acts = variations(model)

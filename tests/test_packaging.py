@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -127,6 +129,7 @@ def repository_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+@pytest.mark.thorough
 def test_no_file_names_a_folder_of_one_machine_or_a_package_index():
     found = []
     for path in repository_files():
@@ -264,7 +267,7 @@ def progress(output: str) -> list[str]:
 def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy):
     for name in ("05_bad", "08_bad"):
         write_notebook(copy / f"notebooks/{name}.ipynb", f"raise ValueError('{name} is broken')")
-    done = make("figs", "QUICK_SECONDS=05:265 07:120 08:120", cwd=copy)
+    done = make("figs", "AT_ONCE=1", "QUICK_SECONDS=05:265 07:120 08:120", cwd=copy)
     assert progress(done.stdout) == [  # by that table, as nothing has run here before
         "[1/3] 05_bad: running (PRESET=quick), about 8 min left",
         "[2/3] 07_test: running (PRESET=quick), about 4 min left",
@@ -277,7 +280,7 @@ def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy)
 
     # two at a time, and only those that are still to do; one of them is mended
     write_notebook(copy / "notebooks/08_bad.ipynb", "import time; time.sleep(1)")
-    done = make("-j2", "figs", cwd=copy)
+    done = make("figs", "AT_ONCE=2", cwd=copy)
     assert done.returncode
     started = sorted(line[:14] for line in progress(done.stdout))  # at once, in either order
     assert started == ["[1/2] 05_bad: ", "[2/2] 08_bad: "]
@@ -288,12 +291,41 @@ def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy)
     (copy / "build/07_test.quick.seconds").write_text("600\n")
     (copy / "notebooks/05_bad.ipynb").unlink()
     os.utime(copy / "notebooks/07_test.ipynb")
-    done = make("figs", cwd=copy)
+    done = make("figs", "AT_ONCE=1", cwd=copy)
     assert progress(done.stdout) == ["[1/1] 07_test: running (PRESET=quick), about 10 min left"]
     assert done.returncode == 0 and int((copy / "build/07_test.quick.seconds").read_text()) < 600
     (copy / "figs/07_line.png").unlink()
     done = make("figs/07_line.png", cwd=copy)
     assert progress(done.stdout) == ["07_test: running (PRESET=quick)"]
+
+
+@pytest.mark.slow
+def test_make_figs_can_be_interrupted(copy):
+    """Both notebooks stop, with what they started, and what was done stays."""
+    for name in ("07_test", "05_other"):
+        cell = f"import pathlib, time\npathlib.Path('../{name}').touch()\ntime.sleep(600)"
+        write_notebook(copy / f"notebooks/{name}.ipynb", cell)
+    running = subprocess.Popen(
+        ["make", "figs", "AT_ONCE=2"], cwd=copy, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.time() + 240
+    while not all((copy / name).exists() for name in ("07_test", "05_other")):
+        assert time.time() < deadline and running.poll() is None
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.wait(30)
+    deadline = time.time() + 60
+    while [p for p in psutil.process_iter() if str(copy) in " ".join(command_line(p))]:
+        assert time.time() < deadline
+        time.sleep(0.5)
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # gone meanwhile
+        return []
 
 
 @pytest.mark.slow
@@ -314,7 +346,8 @@ def test_the_notebook_that_sums_up_runs_behind_the_others_and_alone(copy):
         return re.findall(r"(\d\d_\w+): running", done.stdout)
 
     assert ran("figs/11_all.csv") == ["11_all"] and ran("figs/11_all.csv") == []
-    assert ran("figs") == ["05_bad", "07_test", "11_all"]
+    longest_first = ("AT_ONCE=1", "QUICK_SECONDS=07:9 05:8")
+    assert ran("figs", *longest_first) == ["07_test", "05_bad", "11_all"]
     assert "07_claims" in (copy / "figs/11_all.csv").read_text()
     assert not (copy / "README.md").exists()  # something failed
     (copy / "notebooks/05_bad.ipynb").unlink()
@@ -368,14 +401,14 @@ def test_browser_tests_run_in_a_target_of_their_own():
 
     assert test_browser.pytestmark.name == "browser"
     for target, marker in (("test", "'not browser'"), ("test-browser", "browser")):
-        assert make("-n", target).stdout.strip().endswith(f"-m pytest -m {marker}")
+        assert make("-n", target).stdout.strip().endswith(f" -m {marker}")
 
 
 def test_markers_are_known_and_check_runs_the_fast_tests():
     known = {line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
-    assert known == {"browser", "slow"}
+    assert known == {"browser", "slow", "thorough"}
     recipe = make("-n", "check").stdout.strip()
-    assert recipe.endswith("-m pytest -q -m 'not browser and not slow'") and "ruff" in recipe
+    assert recipe.endswith("-m 'not browser and not slow and not thorough'") and "ruff" in recipe
 
 
 # --- the wheel ------------------------------------------------------------------------------
@@ -435,6 +468,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"steerlib"}
 
 
+@pytest.mark.thorough
 def test_an_installed_package_runs_the_readme_on_its_own_data(wheel, tmp_path):
     """Without this checkout: an empty folder, the wheel, and what it depends on."""
     from conftest import write_tiny

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, only_tokenizer
+from conftest import make_tokenizer, only_tokenizer, spacing_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +38,23 @@ def test_prompts_are_texts_or_ids(tiny: Any) -> None:
     assert "".join(tokens.token_texts(model, ids[1:])) == "I love dogs"
     assert tokens.vocabulary(model.tokenizer, 380)[ids[3]] == model.tokenizer.decode([ids[3]])
     assert tokens.single_token(model, "a") == model.tokenizer.convert_tokens_to_ids("a")
+
+
+def test_a_space_in_front_is_of_a_beginning_only() -> None:
+    """Llama 2 reads "(A" and the label alone as other tokens: a label after "(" has no space."""
+    model = only_tokenizer(spacing_tokenizer())
+    ids = sl.encode(model, "I love dogs")
+    assert ids == [model.tokenizer.bos_token_id, *tokens.first_ids(model, "I love dogs")]
+    pairs = {"I said": " because", "(": "A", "I": " ", "dog": "s and", "a": "\nB"}
+    for start, more in pairs.items():
+        whole = sl.encode(model, start) + tokens.continuation_ids(model, more)
+        assert model.tokenizer.decode(whole[1:]) == start + more
+    assert tokens.token_texts(model, [tokens.single_token(model, "A")]) == ["A"]
+    assert tokens.single_token(model, "A") == sl.encode(model, "(A")[-1]
+    assert tokens.single_token(model, "A") != tokens.first_ids(model, "A")[-1]
+    assert "".join(tokens.token_texts(model, ids[1:])) == " I love dogs"
+    names = tokens.vocabulary(model.tokenizer, len(model.tokenizer))
+    assert [names[i] for i in ids[1:]] == tokens.token_texts(model, ids[1:])
 
 
 @pytest.mark.parametrize(

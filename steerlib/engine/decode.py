@@ -34,7 +34,7 @@ from ..tokens import (
     Prompt,
     columns_of,
     common_prefix,
-    continuation_ids,
+    first_ids,
     input_device,
     pad_id,
     pad_left,
@@ -105,7 +105,7 @@ def make_rows(
     a condition that touches none of them all gets a warning.
     """
     parts = [_prefix_apart(c) for c in conditions]
-    before = [continuation_ids(model, text) if text else [] for text, _ in parts]
+    before = [first_ids(model, text) if text else [] for text, _ in parts]
     acts = [as_interventions(rest, model) for _, rest in parts]
     rows = []
     for p, prompt in enumerate(prompts):

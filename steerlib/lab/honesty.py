@@ -161,24 +161,25 @@ def ask(
     return leanings(said, asked.prefixes, asked.labels, asked.options)
 
 
+PUSH = 0.4  # lengths of the stream: how far layers are compared
+
+
 def steering_by_layer(
     model: TransformerBridge,
     fitted: Fit,
     n: int,
-    coefficient: float = 0.4,
     cache: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
-    """What adding the component at each layer alone does to claims on which it was fitted.
+    """What adding the component (`PUSH`) at each layer alone does to claims on which it was fitted.
 
     Args:
         n: how many of these claims, with their twins.
-        coefficient: in lengths of the stream.
 
     Returns:
         Mean effects in nats: one row a layer, columns label, meaning and honesty.
     """
     layers = range(len(fitted.component))
-    pushed = {f"layer {layer}": coefficient * fitted.vector([layer]) for layer in layers}
+    pushed = {f"layer {layer}": PUSH * fitted.vector([layer]) for layer in layers}
     said = ask(model, fitted.trained(n), {"unsteered": None, **pushed}, system=SYSTEM, cache=cache)
     table = stats.effect_table(crossed_effects(said), ["condition", "factor"])
     wide = table.pivot(index="condition", columns="factor", values="effect").loc[list(pushed)]
@@ -217,20 +218,30 @@ def control_limits(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index").rename_axis(list(by))
 
 
-def in_words(effects: pd.DataFrame, limits: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+def in_words(
+    effects: pd.DataFrame,
+    limits: pd.DataFrame,
+    keys: Sequence[str],
+    same: pd.DataFrame | None = None,
+) -> list[str]:
     """Effects with their intervals as text; a star where one clears zero and both families of
     controls, and where its ``p_holm``, if there is such a column, is below 0.05.
 
     Args:
         effects: as `stats.effect_table` returns it; ``keys`` are its columns that name the row of
             ``limits`` (`control_limits`). Without such a row there is no star.
+        same: the same effects on the questions on which the controls ran, if these were fewer: what
+            has to lie beyond the controls.
     """
     edges = limits.reindex(effects.set_index(list(keys)).index)
+    values = effects.effect
+    if same is not None:
+        values = same.set_index(list(keys)).effect.reindex(edges.index)
     low = edges[["random_low", "unrelated_low"]].min(axis=1).to_numpy()
     high = edges[["random_high", "unrelated_high"]].max(axis=1).to_numpy()
     told = []
-    for row, least, most in zip(effects.itertuples(), low, high, strict=True):
-        clear = (row.low > 0 and row.effect > most) or (row.high < 0 and row.effect < least)
+    for row, value, least, most in zip(effects.itertuples(), values, low, high, strict=True):
+        clear = (row.low > 0 and value > most) or (row.high < 0 and value < least)
         clear = clear and getattr(row, "p_holm", 0.0) < 0.05
         told.append(f"{row.effect:+.2f} [{row.low:+.2f}, {row.high:+.2f}]{'*' if clear else ''}")
     return told

@@ -222,7 +222,9 @@ def select(
         n: dev items; n_neutral: neutral dev prompts; of each so many, from the first on.
 
     Returns:
-        One row per method, draw and family: method, layer, dose, effect_dev (NaN for families).
+        One row per method, draw and family: method, layer, dose, effect_dev, kl_dev (its price on
+        these neutral prompts; both NaN for families). A method that costs more than the budget at
+        any dose has the dose of the least price: `affordable` leaves it out.
     """
     layers, fronts = (
         sorted({max(1, round(d * model.cfg.n_layers)) for d in depths})
@@ -255,7 +257,22 @@ def select(
     families = doses_within(model, noise, budget, n_neutral // 2).reset_index()
     table = pd.concat([first, second, families.drop(columns="kl")], ignore_index=True)
     order = [*METHODS, *DRAWS, *FAMILIES]
-    return table.sort_values("method", key=lambda m: m.map(order.index), ignore_index=True)
+    table = table.sort_values("method", key=lambda m: m.map(order.index), ignore_index=True)
+    return priced(model, behaviour, table, n_neutral)
+
+
+def priced(
+    model: TransformerBridge, behaviour: Behaviour, table: pd.DataFrame, n_neutral: int = 8
+) -> pd.DataFrame:
+    """``table`` with the column kl_dev: what each method and draw costs on neutral dev prompts.
+
+    Args:
+        table: with the columns method, layer, dose, as `select` returns it.
+    """
+    named = conditions(model, behaviour, table, 0, 0)
+    named = {name: c for name, c in named.items() if name.method in set(table.method)}
+    kl = logprobs.kl_by_prompt(model, behaviours.neutral("dev", n_neutral), named)
+    return table.assign(kl_dev=table.method.map(kl.groupby("method").kl.mean()))
 
 
 def _draws(vector: SteeringVector) -> dict[str, SteeringVector]:
@@ -353,12 +370,39 @@ def results(kind: str = "methods") -> pd.DataFrame:
     frames = []
     for name, path in datasets.result_paths(kind).items():
         types = {"prompt": str, "control": str}
-        empty = {"effect_dev": ""}
+        empty = {"effect_dev": "", "kl_dev": ""}
         frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=empty)
         frames.append(frame.assign(model=name))
     if not frames:
         raise ValueError("There are no results: run data/make_methods.py.")
     return pd.concat(frames, ignore_index=True)
+
+
+def without_dose(doses: pd.DataFrame, budget: float = BUDGET) -> pd.DataFrame:
+    """The methods that no dose keeps within the budget: their cheapest one costs more on dev.
+
+    Args:
+        doses: as `select` returns them, with the columns model and behaviour.
+
+    Returns:
+        Those rows. A dose that was rounded for the file may cost 2 % more than it did.
+    """
+    return doses[doses.kl_dev > 1.02 * budget]
+
+
+def affordable(frame: pd.DataFrame, doses: pd.DataFrame, budget: float = BUDGET) -> pd.DataFrame:
+    """What was measured of methods that have a dose within the budget.
+
+    What a method does at a dose that costs too much is not its effect at the price of the others,
+    and no effect of 0 either: there is none to compare.
+
+    Args:
+        frame: as for `summary`.
+        doses: as for `without_dose`.
+    """
+    keys = ["model", "behaviour", "method"]
+    dear = pd.MultiIndex.from_frame(without_dose(doses, budget)[keys])
+    return frame[~pd.MultiIndex.from_frame(frame[keys]).isin(dear)]
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -395,21 +439,26 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def against(frame: pd.DataFrame, other: str | None = None) -> pd.DataFrame:
     """Every method minus another one, paired by item, over all behaviours together.
 
+    A method that some behaviour lacks (`affordable`) is compared on the others.
+
     Args:
         frame: as for `summary`.
-        other: the method to compare with; by default each model's best, by its mean effect.
+        other: the method to compare with; by default each model's best, by its mean effect, of
+            those that were measured on every behaviour.
 
     Returns:
-        One row per model x method: effect (mean over items of all behaviours), difference with low
-        and high, p_holm (of the methods of a model), n, ahead (on how many behaviours its mean is
-        the higher one), tie (p_holm is not below 0.05), other.
+        One row per model x method: effect (mean over items of its behaviours), difference with low
+        and high, p_holm (of the methods of a model), n, behaviours (how many), ahead (on how many
+        of them its mean is the higher one), tie (p_holm is not below 0.05), other.
     """
     rows = []
     items = frame[frame.prompt != ""]
     items = items.assign(prompt=items.behaviour + " " + items.prompt)
     for model, part in items.groupby("model", sort=False):
         means = part.groupby("method", sort=False).effect.mean()
-        base = other or str(means.drop([*DRAWS, *FAMILIES], errors="ignore").idxmax())
+        there = part.groupby("method").behaviour.nunique()
+        whole = means[there[means.index] == part.behaviour.nunique()]
+        base = other or str(whole.drop([*DRAWS, *FAMILIES], errors="ignore").idxmax())
         rest = part[part.method != base]
         paired = stats.difference(rest, part[part.method == base])
         table = stats.effect_table(paired, "method").rename(columns={"effect": "difference"})
@@ -417,7 +466,8 @@ def against(frame: pd.DataFrame, other: str | None = None) -> pd.DataFrame:
         ahead = mean.gt(mean[base], axis=0).sum()
         table = table.assign(
             model=model, other=base, effect=table.method.map(means),
-            ahead=table.method.map(ahead), tie=table.p_holm >= 0.05,
+            behaviours=table.method.map(there), ahead=table.method.map(ahead),
+            tie=table.p_holm >= 0.05,
         )  # fmt: skip
         rows.append(table.drop(columns="p"))
     return pd.concat(rows, ignore_index=True)
@@ -450,8 +500,8 @@ def against_random(frame: pd.DataFrame, n: int = 20_000) -> pd.DataFrame:
         table = means.drop(columns=list(FAMILIES), errors="ignore").mean().rename("effect")
         p = []
         for method, effect in table.items():
-            own = zip(members, means[method], strict=True)
-            drawn = sum(rng.choice([*others, mine], n) for others, mine in own) / len(means)
+            own = [(m, x) for m, x in zip(members, means[method], strict=True) if x == x]
+            drawn = sum(rng.choice([*others, mine], n) for others, mine in own) / len(own)
             p.append((float((drawn >= effect - 1e-9).sum()) + 1) / (n + 1))
         rows.append(table.reset_index().assign(model=model, p=p, p_holm=stats.holm(p)))
     return pd.concat(rows, ignore_index=True)

@@ -430,41 +430,13 @@ def verdicts(
     Numbers are left away where there are more than three models: only marks are readable then.
     """
     width, step = 2 * COLUMN, 0.25
-    left, theirs, first = 0.0, 0.43, 0.57
     legend = -(-len(marks) // 3)
     y = 0.0
     with plt.rc_context({**style(width), "axes.grid": False}):
         figure, ax = plt.subplots()
         ax.axis("off")
-        for source, of_source in frame.groupby("source", sort=False):
-            names = list(dict.fromkeys(of_source["model"]))
-            columns = np.linspace(first, 1, max(len(names), 2) + 1)[: len(names)]
-            wrapped = [textwrap.fill(name, 26 if len(names) == 1 else 10) for name in names]
-            y += max(name.count("\n") for name in wrapped) + 0.5
-            ax.text(left, y + 0.35, source, va="bottom", weight="bold")
-            ax.text(theirs, y + 0.35, "source", va="bottom", style="italic")
-            for x, name in zip(columns, wrapped, strict=True):
-                ax.text(x, y + 0.35, name, va="bottom", style="italic", linespacing=1)
-            ax.axhline(y + 0.5, color="#000000", linewidth=0.8)
-            for group, of_group in of_source.groupby("group", sort=False):
-                y += 1
-                ax.axhspan(y - 0.5, y + 0.5, color="#EEEEEE", lw=0, zorder=0)
-                ax.text(left + 0.01, y, group, va="center", style="italic")
-                for x, name in zip(columns, names, strict=True):
-                    ax.text(x, y, heads.get((group, name), ""), va="center", style="italic")
-                for label, rows in of_group.groupby("label", sort=False):
-                    y += 1
-                    ax.text(left + 0.03, y, label, va="center")
-                    ax.text(theirs, y, rows.theirs_short.iloc[0], va="center", color="#555555")
-                    for x, row in zip(
-                        columns, rows.set_index("model").reindex(names).itertuples(), strict=True
-                    ):
-                        if row.verdict in marks:  # not of a model without this claim
-                            shape, colour = marks[row.verdict]
-                            number = row.short.replace("-", "−") if len(names) < 4 else ""
-                            ax.text(x, y, shape, va="center", color=colour, weight="bold")
-                            ax.text(x + 0.034, y, number, va="center", color=colour)
-            y += 1
+        for source, part in frame.groupby("source", sort=False):
+            y = _source_block(ax, str(source), part, marks, heads, y) + 1
         for i, (name, (shape, colour)) in enumerate(marks.items()):
             place = (i % 3 * 0.34, y + i // 3 + 0.2)
             ax.text(*place, f"{shape} {name}", va="center", color=colour)
@@ -476,11 +448,64 @@ def verdicts(
         return figure
 
 
+LEFT, THEIRS, FIRST = 0.0, 0.43, 0.57  # where the columns of `verdicts` begin
+
+
+def _source_block(
+    ax: Axes,
+    source: str,
+    frame: pd.DataFrame,
+    marks: Mapping[str, tuple[str, str]],
+    heads: Mapping[tuple[str, str], str],
+    y: float,
+) -> float:
+    """The claims of one source below line ``y``: its models, then its groups. The last line."""
+    names = list(dict.fromkeys(frame["model"]))
+    columns = np.linspace(FIRST, 1, max(len(names), 2) + 1)[: len(names)]
+    wrapped = [textwrap.fill(name, 26 if len(names) == 1 else 10) for name in names]
+    y += max(name.count("\n") for name in wrapped) + 0.5
+    ax.text(LEFT, y + 0.35, source, va="bottom", weight="bold")
+    ax.text(THEIRS, y + 0.35, "source", va="bottom", style="italic")
+    for x, name in zip(columns, wrapped, strict=True):
+        ax.text(x, y + 0.35, name, va="bottom", style="italic", linespacing=1)
+    ax.axhline(y + 0.5, color="#000000", linewidth=0.8)
+    places = dict(zip(names, columns, strict=True))
+    for group, of_group in frame.groupby("group", sort=False):
+        y += 1
+        ax.axhspan(y - 0.5, y + 0.5, color="#EEEEEE", lw=0, zorder=0)
+        ax.text(LEFT + 0.01, y, group, va="center", style="italic")
+        for name, x in places.items():
+            ax.text(x, y, heads.get((group, name), ""), va="center", style="italic")
+        for _, rows in of_group.groupby("label", sort=False):
+            y += 1
+            _claim_row(ax, rows, places, marks, y)
+    return y
+
+
+def _claim_row(
+    ax: Axes,
+    rows: pd.DataFrame,
+    places: Mapping[str, float],
+    marks: Mapping[str, tuple[str, str]],
+    y: float,
+) -> None:
+    """One claim: its label, what the source says, and a mark in the column of each model."""
+    ax.text(LEFT + 0.03, y, rows.label.iloc[0], va="center")
+    ax.text(THEIRS, y, rows.theirs_short.iloc[0], va="center", color="#555555")
+    for row in rows[rows.verdict.isin(list(marks))].itertuples():
+        x, (shape, colour) = places[row.model], marks[row.verdict]
+        number = row.short.replace("-", "−") if len(places) < 4 else ""
+        ax.text(x, y, shape, va="center", color=colour, weight="bold")
+        ax.text(x + 0.034, y, number, va="center", color=colour)
+
+
+RARE = 1e-4  # tokens that are rarer, both before and after, are not shown
+
+
 def shift_scatter(
     frame: pd.DataFrame,
     *,
     title: str = "",
-    floor: float = 1e-4,
     label: int = 12,
     ax: Axes | None = None,
 ) -> Figure:
@@ -488,13 +513,12 @@ def shift_scatter(
 
     Args:
         frame: as `logprobs.next_token_shift` returns it.
-        floor: tokens that are rarer both before and after are not shown.
         label: how many tokens to name: half of them the likeliest, half those that make up most
             of the divergence, in either direction.
 
     Source: Turner et al. 2023, "Token probability shifts".
     """
-    floor = min(floor, float(frame[["p_before", "p_after"]].to_numpy().max()) / 10)
+    floor = min(RARE, float(frame[["p_before", "p_after"]].to_numpy().max()) / 10)
     shown = frame[(frame.p_before > floor) | (frame.p_after > floor)]
     likely = shown[["p_before", "p_after"]].max(axis=1).nlargest(label - label // 2).index
     rest = shown.drop(likely)
@@ -556,7 +580,6 @@ def schematic(
     *,
     vector: str,
     title: str = "",
-    top: int = 5,
 ) -> Figure:
     """How steering works, in one real run: where the vector enters, what it changes, what follows.
 
@@ -567,7 +590,6 @@ def schematic(
         layer, positions: before which layer, and at which positions, the vector is added.
         shift: the next token, as `logprobs.next_token_shift` returns it.
         vector: what is written at the arrow.
-        top: how many tokens: the likeliest before or after.
     """
     with plt.rc_context({**style(2 * COLUMN), "axes.grid": False}):
         figure, (left, right) = plt.subplots(
@@ -599,7 +621,7 @@ def schematic(
         bar = figure.colorbar(image, ax=left, location="top", shrink=0.9, aspect=30)
         bar.set_label("change of the stream / its length")
         bar.set_ticks([0, 0.1, 0.5, 1])
-        likely = shift[["p_before", "p_after"]].max(axis=1).nlargest(top).index
+        likely = shift[["p_before", "p_after"]].max(axis=1).nlargest(5).index
         shown = shift.loc[likely].sort_values("p_after", ascending=False)
         rows = np.arange(len(shown))
         for i, (column, name, colour) in enumerate(
@@ -656,7 +678,6 @@ def group_histogram(
     frame: pd.DataFrame,
     x: str,
     *,
-    xlabel: str = "",
     title: str = "",
     bins: int = 30,
     ax: Axes | None = None,
@@ -677,7 +698,7 @@ def group_histogram(
             ax.hist(values, edges, alpha=0.35, color=colour)
             label = f"{name} (n = {len(values)})"  # the outline, since the fillings overlap
             ax.hist(values, edges, histtype="step", color=colour, label=label)
-        ax.set(xlabel=xlabel or f"projection on {x}", ylabel="answers")
+        ax.set(xlabel=f"projection on {x}", ylabel="answers")
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.set_title(_wrapped(title, ax))
         _legend(ax, own)

@@ -42,11 +42,6 @@ def pick(*, smoke: Any, quick: Any, paper: Any) -> Any:
     return {"smoke": smoke, "quick": quick, "paper": paper}[preset()]
 
 
-def load(default_model: str, dtype: str | torch.dtype = "float32") -> TransformerBridge:
-    """Load MODEL, or else ``default_model``."""
-    return load_model(model_name(default_model), dtype=dtype)
-
-
 @dataclass(frozen=True)
 class Run:
     """What a notebook asks first; made by `start`."""

@@ -42,6 +42,8 @@ MEANS = {  # what each verdict means, for the line below the claims
     "cannot tell": "none of these",
 }
 
+PAGE = ("claim", "source", "model", "here", "verdict", "note")  # columns of `source_vs_here`
+
 
 def side_by_side(
     frame: pd.DataFrame, conditions: Sequence[str] | None = None, n: int | None = None
@@ -227,7 +229,7 @@ def judge(
     return out if unit is None else {**out, "unit": unit}
 
 
-def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
+def source_vs_here(rows: pd.DataFrame, notebook: str, lines: Sequence[str] | None = None) -> Styler:
     """What became of each claim of the sources: its number, ours, and the verdict.
 
     Args:
@@ -235,6 +237,9 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
             low, high (the interval), verdict (as `stats.verdict` gives it), and if need be unit
             (by default the source's), note, and section (a heading above the rows that share it).
         notebook: whose claims these are, such as ``01_love_hate``.
+        lines: for each row, the line of the page that it is part of; rows of one line (and section)
+            are told together: their range, and how often there is which verdict. Empty: it stands
+            in the file alone.
 
     Returns:
         A table for the page, of six columns at most, above what the verdicts mean and the claims
@@ -242,7 +247,7 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
         sources say, are written to ``<number>_claims.csv`` in the folder of the figures.
 
     Raises:
-        ValueError: missing columns, or a claim or verdict that is not known.
+        ValueError: missing columns, a claim or verdict that is not known, or not as many lines.
     """
     needed = ["claim", "model", "value", "low", "high", "verdict"]
     if missing := [c for c in needed if c not in rows]:
@@ -257,15 +262,20 @@ def source_vs_here(rows: pd.DataFrame, notebook: str) -> Styler:
         )
     if unknown := sorted(set(rows.verdict) - set(VERDICTS)):
         raise ValueError(f"The verdicts {unknown} are unknown: use {', '.join(VERDICTS)}.")
+    if lines is not None and len(lines) != len(rows):
+        raise ValueError(f"{len(rows)} claims need as many lines, got {len(lines)}.")
     # What the source says comes under names of its own: both sides have a model, a unit, a note.
     kept = {"claim", "source"}
     said = said.rename(columns={c: f"source_{c}" for c in said if c not in kept})
     joined = rows.merge(said, on="claim", validate="many_to_one")
     with atomic_write(provenance.folder() / f"{number}_claims.csv") as file:
         joined.to_csv(file, index=False)
-    page = _page(joined).set_uuid(f"claims_{number}")  # or else a random one in every run
+    page = _page(joined, lines).set_uuid(f"claims_{number}")  # or else a random one in every run
     missed = its_own[~its_own.claim.isin(rows.claim)].statement
-    return page.set_caption(verdict_legend() + _folded("Not measured here", missed))
+    below = verdict_legend() + _folded("Not measured here", missed)
+    if lines is not None:
+        below += f" Every judged row ({len(rows)}) is in <code>{number}_claims.csv</code>."
+    return page.set_caption(below)
 
 
 def verdict_legend() -> str:
@@ -282,40 +292,82 @@ def _folded(title: str, lines: Sequence[str] | pd.Series) -> str:
     return f"<details><summary>{title} ({len(lines)})</summary><ul>{items}</ul></details>"
 
 
-def _page(joined: pd.DataFrame) -> Styler:
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """What one judged row says: claim, source, model, here, verdict, note."""
+    number = quantity(*(row[f"source_{c}"] for c in ("number", "low", "high", "unit")))
+    holds = row["source_holds"] + (f": {number}" if number else "")
+    source = f"{holds} ({row['source_model']})"
+    unit = row["source_unit"] if pd.isna(row.get("unit")) else row["unit"]
+    here = quantity(row["value"], row["low"], row["high"], unit)
+    verdict = f"{VERDICTS[row['verdict']][0]} {row['verdict']}"
+    note = "" if pd.isna(row.get("note", "")) else str(row.get("note", ""))
+    return [row["source_statement"], source, row["model"], here, verdict, note]
+
+
+def _together(line: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same of several rows: their range, their verdicts, and those that differ from most."""
+    told = pd.DataFrame([_cells(row) for row in rows]).set_axis(list(PAGE), axis=1)
+    holds = pd.Series([row["source_holds"] for row in rows]).value_counts()
+    units = {row["source_unit"] if pd.isna(row.get("unit")) else row["unit"] for row in rows}
+    ends = [f([row["value"] for row in rows]) for f in (np.min, np.max)]
+    here = " … ".join(quantity(end, np.nan, np.nan) for end in ends)
+    many = told.verdict.value_counts()
+    most = many.index[0] if (many == many.iloc[0]).sum() == 1 else None
+    notes = told[(told.verdict != most) & (told.note != "")]
+    return [
+        line,
+        f"{_counted(holds)} ({', '.join(dict.fromkeys(row['source_model'] for row in rows))})",
+        ", ".join(told.model.unique()),
+        f"{here} {units.pop()}".strip() if len(units) == 1 else "",
+        _counted(many),
+        " · ".join(f"{row.verdict[0]} {row.note}" for row in notes.itertuples()),
+    ]
+
+
+def _counted(numbers: pd.Series) -> str:
+    """Words and how often each occurs."""
+    return ", ".join(f"{name} × {n}" for name, n in numbers.items())
+
+
+def _parts(
+    rows: list[dict[str, Any]], lines: Sequence[str] | None
+) -> dict[Any, list[dict[str, Any]]]:
+    """Rows by section and line, in the order in which these first occur."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for i, row in enumerate(rows):
+        line = i if lines is None else lines[i]
+        if line != "":
+            found.setdefault((row.get("section"), line), []).append(row)
+    return found
+
+
+def _page(joined: pd.DataFrame, lines: Sequence[str] | None = None) -> Styler:
     """The joined table as it is shown: what the source says once, beside the first model."""
     shown: list[list[str]] = []
     previous = section = None
-    for row in joined.to_dict("records"):
-        if row.get("section", section) != section:
-            section = row["section"]
+    for (heading, line), rows in _parts(joined.to_dict("records"), lines).items():
+        if heading != section:
+            section = heading
             shown.append([section.upper(), *[""] * 5])
-        again = row["claim"] == previous
-        number = quantity(*(row[f"source_{c}"] for c in ("number", "low", "high", "unit")))
-        holds = row["source_holds"] + (f": {number}" if number else "")
-        source = f"{holds} ({row['source_model']})"
-        unit = row["source_unit"] if pd.isna(row.get("unit")) else row["unit"]
-        here = quantity(row["value"], row["low"], row["high"], unit)
-        verdict = f"{VERDICTS[row['verdict']][0]} {row['verdict']}"
-        claim = ["", ""] if again else [row["source_statement"], source]
-        note = row.get("note", "")
-        shown.append([*claim, row["model"], here, verdict, "" if pd.isna(note) else str(note)])
-        previous = row["claim"]
-    columns = ["claim", "source", "model", "here", "verdict", "note"]
-    table = pd.DataFrame(shown, columns=columns)
+        cells = _cells(rows[0]) if len(rows) == 1 else _together(line, rows)
+        if len(rows) == 1 and rows[0]["claim"] == previous:
+            cells[:2] = ["", ""]
+        shown.append(cells)
+        previous = rows[0]["claim"]
+    table = pd.DataFrame(shown, columns=list(PAGE))
     if not table.note.any():
         table = table.drop(columns="note")
-    colours = {f"{shape} {name}": colour for name, (shape, colour) in VERDICTS.items()}
-    cells = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
+    colours = dict(VERDICTS.values())  # of the verdict that comes first
+    style = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
     return (
         table.style.format(escape="html")
         .hide(axis="index")
-        .set_properties(**{**cells, "max-width": "22em"})
-        .map(lambda cell: f"color:{colours.get(cell, '')};font-weight:bold", subset=["verdict"])
+        .set_properties(**{**style, "max-width": "22em"})
+        .map(lambda cell: f"color:{colours.get(cell[:1], '')};font-weight:bold", subset=["verdict"])
         .set_table_styles(
             [
                 {"selector": "th", "props": [("text-align", "left")]},
-                {"selector": "caption", "props": [("caption-side", "bottom"), *cells.items()]},
+                {"selector": "caption", "props": [("caption-side", "bottom"), *style.items()]},
             ]
         )
     )

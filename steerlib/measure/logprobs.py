@@ -30,6 +30,7 @@ from ..tokens import (
     Prompt,
     continuation_ids,
     encode,
+    first_ids,
     input_device,
     pad_id,
     pad_left,
@@ -257,7 +258,7 @@ def perplexity(
     acts = [as_interventions(c, model) for c in by_name.values()]
     if not listed or skip_positions < 0:
         raise ValueError(f"Nothing to score: {len(listed)} texts, skip_positions={skip_positions}.")
-    before = continuation_ids(model, prefix) if prefix else []
+    before = first_ids(model, prefix) if prefix else []
     first = skip_positions + len(before)
     rows: list[tuple[list[int], list[Intervention]]] = []
     for text in listed:

@@ -275,6 +275,7 @@ condition = st.lists(intervention, max_size=3)
     prompts=st.lists(st.sampled_from([*PROMPTS, "A", "Love and hate"]), min_size=1, unique=True),
     batch_size=st.integers(1, 9),
 )
+@pytest.mark.thorough
 def test_any_mixture_equals_its_rows_alone(
     tiny: Any, conditions: list[Any], prompts: list[str], batch_size: int
 ) -> None:

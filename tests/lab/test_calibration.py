@@ -67,6 +67,7 @@ def test_a_vector_that_steers_has_a_usable_range(tiny: Any) -> None:
     assert n_hooks(model) == 0
 
 
+@pytest.mark.thorough
 def test_random_vectors_have_none(tiny: Any) -> None:
     """The same pipeline on what should not steer: at most one of eight gets through both halves."""
     model, _ = tiny("llama")

@@ -237,6 +237,7 @@ def test_key_token_in_the_chat_of_smollm2(model: Any, system: str | None, closin
     assert sl.encode(model, text).count(model.tokenizer.bos_token_id) == 3  # it opens every turn
 
 
+@pytest.mark.thorough
 def test_key_token_where_bracket_and_letter_are_one() -> None:
     from transformers import AutoTokenizer
 

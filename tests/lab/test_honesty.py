@@ -107,5 +107,8 @@ def test_limits_are_the_quantiles_and_stars_need_both_families() -> None:
     told = honesty.in_words(effects, limits, ["place", "coefficient"])
     assert [text.endswith("*") for text in told] == [True, False, False, True, False]
     assert told[0] == "+2.00 [+1.50, +2.50]*"
+    one = effects.iloc[[0, 4]]  # where the controls ran it is less
+    told = honesty.in_words(one, limits, ["place", "coefficient"], one[::-1].assign(effect=1.0))
+    assert told[0] == "+2.00 [+1.50, +2.50]"
     many = honesty.in_words(effects.assign(p_holm=0.2), limits, ["place", "coefficient"])
     assert not any(text.endswith("*") for text in many)

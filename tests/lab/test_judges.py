@@ -159,6 +159,7 @@ BOTH = pytest.mark.parametrize("ask", [judged, embedded])
 # ---------------------------------------------------------------- a vendor on a good day
 
 
+@pytest.mark.thorough
 def test_a_vendors_judge_is_asked_in_both_orders_and_once(
     vendor: Vendor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -296,6 +297,7 @@ def test_an_error_in_the_middle_keeps_what_was_answered(vendor: Vendor, tmp_path
     assert len(vendor.requests) == before + 33
 
 
+@pytest.mark.thorough
 def test_a_kill_in_the_middle_keeps_what_was_answered(vendor: Vendor, tmp_path: Path) -> None:
     vendor.limit = 5
     code = (
@@ -432,6 +434,7 @@ def test_packaged_embeddings_are_means_over_tokens_and_ask_nobody(
         np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_packaged_embeddings_know_some_honesty() -> None:
     texts = sl.datasets.load("exemplars").groupby(["dilemma", "direction"]).text.agg(list).unstack()
     asked = sl.datasets.questions(sl.datasets.load("dilemmas"))

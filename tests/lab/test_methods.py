@@ -104,6 +104,19 @@ def test_what_is_chosen_is_best_on_dev(tiny: Any, own: Behaviour, chosen: pd.Dat
     effect = own.effects(model, {"x": way(row.dose)}, "dev", 4).effect.mean()
     assert row.effect_dev == pytest.approx(effect, abs=1e-3)
     assert chosen.effect_dev.isna().sum() == len(methods.FAMILIES)
+    assert row.kl_dev == pytest.approx(price(model, way(row.dose)), abs=1e-4)
+    assert chosen.kl_dev.isna().tolist() == [m in methods.FAMILIES for m in chosen.method]
+    assert methods.without_dose(chosen, BUDGET).empty  # on tiny models something is always cheap
+
+
+def test_a_way_that_is_too_dear_at_any_dose_is_said_to_be(tiny: Any, own: Behaviour) -> None:
+    model, _ = tiny("llama")
+    chosen = methods.select(model, own, 1e-9, n=4, n_neutral=4)
+    dear = methods.without_dose(chosen, 1e-9)
+    assert {"Affine", "Rotate", methods.MEAN, *methods.DRAWS} <= set(dear.method)
+    assert not set(dear.method) & set(methods.FAMILIES)
+    rounded = chosen.assign(kl_dev=0.505)
+    assert methods.without_dose(rounded, 0.5).empty and len(methods.without_dose(rounded, 0.4))
 
 
 def test_measured_are_all_ways_and_all_controls(
@@ -192,6 +205,29 @@ def test_ties_are_called_ties() -> None:
     assert best.difference["third"] == pytest.approx(-2.0, abs=0.3)
     asked = methods.against(frame, "third").set_index("method")
     assert asked.difference["first"] == pytest.approx(2.0, abs=0.3) and asked.ahead["first"] == 1
+
+
+def test_what_no_dose_was_found_for_is_not_compared() -> None:
+    """Neither as an effect of 0 nor as what it did at a dose that costs too much."""
+    parts = [made_up(first=3.0, dear=9.0, random=0.0).assign(behaviour=b) for b in "abc"]
+    frame = pd.concat(parts, ignore_index=True)
+    doses = pd.DataFrame(
+        {"model": "m", "behaviour": list("abca"), "method": ["dear"] * 3 + ["first"]}
+    ).assign(kl_dev=[0.4, 2.9, np.nan, 0.5])
+    assert methods.without_dose(doses).behaviour.tolist() == ["b"]
+    kept = methods.affordable(frame, doses)
+    assert len(frame) - len(kept) == 20 and set(kept[kept.method == "dear"].behaviour) == {"a", "c"}
+    cells = methods.summary(kept).set_index(["behaviour", "method"])
+    assert ("b", "dear") not in cells.index and ("b", "first") in cells.index
+    table = methods.against(kept, "first").set_index("method")
+    assert table.behaviours.to_dict() == {"dear": 2, "random": 3}
+    assert table.n.to_dict() == {"dear": 40, "random": 60} and table.ahead["dear"] == 2
+    assert table.difference["dear"] == pytest.approx(6.0, abs=0.3)
+    # the best is looked for among those that were measured everywhere
+    assert set(methods.against(kept).other) == {"first"}
+    noise = methods.against_random(kept).set_index("method")
+    assert noise.p["dear"] == pytest.approx(9**-2, abs=4e-3)
+    assert noise.effect["dear"] == pytest.approx(9.0, abs=0.5)
 
 
 def test_results_are_read_by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,7 @@ def test_the_origin_is_printed(figs: Path) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_what_has_no_origin_gets_one_sentence(figs: Path, tmp_path: Path) -> None:
     whole = provenance.save_figure(draw(), "01_sweep").read_bytes()
     Image.new("RGB", (2, 2)).save(tmp_path / "bare.png")
@@ -224,6 +225,7 @@ def test_what_has_no_origin_gets_one_sentence(figs: Path, tmp_path: Path) -> Non
         provenance.origin(tmp_path / "missing.svg")
 
 
+@pytest.mark.thorough
 def test_printing_needs_no_torch() -> None:
     code = "import sys, steerlib.lab.provenance as p; p.main([]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

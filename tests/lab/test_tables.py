@@ -232,6 +232,32 @@ def test_source_vs_here_puts_headings_above_sections(claims: Path) -> None:
     assert len(pd.read_csv(claims / "02_claims.csv")) == 3
 
 
+def test_source_vs_here_tells_rows_of_one_line_together(claims: Path) -> None:
+    rows = judged(
+        ("front", "m", 3.0, 2, 4, "reproduced"),
+        ("missed", "m", 0.1, 0, 0.2, "not seen"),
+        ("front", "n", -1.0, -2, 0, "cannot tell"),
+        ("front", "m", 4.0, 3, 5, "reproduced"),
+        ("back", "m", 0.1, 0, 0.2, "not seen"),
+        note=["at 1", None, "at 2 <b>", "at 3", None],
+    )
+    lines = ["It <b>works", "", "It <b>works", "It <b>works", "alone"]
+    page = sl.tables.source_vs_here(rows, "02_positions", lines)
+    head, together, alone = cells(page)
+    assert together == [
+        "It <b>works", "yes × 3 (gpt2-xl)", "m, n", "-1 … 4 nats",
+        "● reproduced × 2, ? cannot tell × 1", "? at 2 <b>",
+    ]  # fmt: skip
+    assert alone[0] == SOURCE.statement[1] and alone[4] == "○ not seen" and head[-1] == "note"
+    assert "(5) is in <code>02_claims.csv</code>" in page.to_html()
+    assert "It <b>" not in page.to_html()
+    kept = pd.read_csv(claims / "02_claims.csv")
+    sl.tables.source_vs_here(rows, "02_positions")
+    pd.testing.assert_frame_equal(kept, pd.read_csv(claims / "02_claims.csv"))  # every row
+    with pytest.raises(ValueError, match="5 claims need as many lines, got 1"):
+        sl.tables.source_vs_here(rows, "02_positions", ["one"])
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

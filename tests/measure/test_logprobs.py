@@ -113,6 +113,7 @@ def check_propensity(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.usefixtures("way")
+@pytest.mark.thorough
 def test_propensity_equals_plain_passes(tiny: Any, architecture: str) -> None:
     """One pass per prompt, continuation and condition; all of unequal length."""
     model, plain = tiny(architecture)
@@ -147,6 +148,7 @@ def test_propensity_of_one_prompt_and_of_token_ids(tiny: Any) -> None:
     assert ids.propensity.tolist() == pytest.approx(table.propensity.tolist(), abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_propensity_does_not_depend_on_the_batch(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,6 +454,7 @@ def prefixed(model: Any, layer: int = 1) -> dict[str, tuple[str, Any]]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.thorough
 def test_a_prefix_stands_between_bos_and_prompt(tiny: Any, architecture: str, bos: bool) -> None:
     """Vector, prefix and both in one sweep equal plain passes over the whole token ids."""
     model, plain = tiny(architecture, bos)

@@ -274,6 +274,7 @@ assert packaged.intact(folder, model, rehash=True)
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_convert_once(cache: Path, tmp_path: Path) -> None:
     count = tmp_path / "count"
     command = [sys.executable, "-c", TWO_AT_ONCE, str(count), str(time.time() + 3)]

@@ -30,6 +30,7 @@ def made(tiny: Any) -> Any:
     return model, vector, behaviour, found
 
 
+@pytest.mark.thorough
 def test_numbers_and_text_are_those_of_the_strength(made: Any) -> None:
     model, vector, behaviour, found = made
     panel = StrengthPanel(model, vector, behaviour, found, PROMPT, n=2, max_new_tokens=6)
@@ -49,6 +50,7 @@ def test_numbers_and_text_are_those_of_the_strength(made: Any) -> None:
     assert html.escape(PROMPT) in panel.output.value and n_hooks(model) == 0
 
 
+@pytest.mark.thorough
 def test_what_was_measured_is_not_measured_again(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
