@@ -244,6 +244,16 @@ def test_results_are_read_by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert set(found[found.method == "random"].prompt) == {""}
 
 
+def test_committed_doses_say_what_they_cost() -> None:
+    """Or else a method without a dose within the budget would look like one with it."""
+    doses = methods.results("doses")
+    known = doses[~doses.method.isin(methods.FAMILIES)]
+    assert known.kl_dev.notna().all()
+    dear = methods.without_dose(doses)
+    assert (dear.kl_dev > 2 * methods.BUDGET).all()  # clearly so
+    assert (known.drop(dear.index).kl_dev <= methods.BUDGET).all()
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="'nonsense' has no instruction; affection, "):
         methods.prompting("nonsense")
