@@ -165,8 +165,8 @@ ifneq ($(IN_LANE),)
 endif
 
 figs: $(BASE) ## run the notebooks that are out of date, draw every figure
-	@mkdir -p $(STATE); $(MAKE) -n $(HANDED) AFTER=1 $(DONE) \
-	  | { echo "begin $$(date +%s)"; sed -n 's/^: todo/todo/p'; } > $(STATE)/plan
+	@mkdir -p $(STATE); $(MAKE) -n $(HANDED) AFTER=1 $(IN_ORDER) $(LAST) \
+	  | sed -n 's/^: todo/todo/p' > $(STATE)/plan
 	@status=0; for part in '$(LANES)' '$(LAST)'; do \
 	  test -z "$$part" || $(MAKE) -k $(if $(JOBS)$(filter 1,$(AT_ONCE)),,-j$(AT_ONCE)) $(HANDED) PLAN=$(STATE)/plan $$part || status=1; \
 	done; \
@@ -183,13 +183,12 @@ endif
 # it, and what is still to do, at the pace of what is done. The line ends when the notebook does, with
 # its time, unless several run at once.
 JOBS = $(filter -j% --jobserver%,$(MAKEFLAGS))
-progress = awk -v name='$*' -v say='$(1)' -v now="$$(date +%s)" ' \
-  $$1 == "begin" { begin = $$2 } \
+progress = awk -v name='$*' -v say='$(1)' ' \
   $$1 == "todo" { n++; if ($$2 == name) place = n; seconds[$$2] = $$3; left += $$3; unknown += !$$3 } \
-  $$1 == "done" { past += seconds[$$2] } \
+  $$1 == "done" { past += seconds[$$2]; took += $$3 } \
   $$1 == "done" || $$1 == "failed" { left -= seconds[$$2] } \
   END { \
-    minutes = int(left * (past ? (now - begin) / past : 1 / $(AT_ONCE)) / 60 + 0.5); \
+    minutes = int(left * (past ? took / past : 1) / $(AT_ONCE) / 60 + 0.5); \
     if (place) printf "[%d/%d] ", place, n; printf "%s", say; \
     if (place && !unknown) printf ", about %d min left", minutes ? minutes : 1; \
     printf "$(if $(JOBS),\n, ... )" }' \
@@ -213,7 +212,7 @@ $(DONE): $(STATE)/%.done: notebooks/%.ipynb $(SOURCES) $(BASE)
 	mv $(STATE)/notebooks/$*.part.ipynb $(STATE)/notebooks/$*.ipynb && \
 	find "$(FIGS)" -type f -name '$(firstword $(subst _, ,$*))_*' -newer $@.part | sort > $@.figures && \
 	echo "$(if $(JOBS),$*: )done in $$seconds s, files in $(FIGS)/: $$(wc -l < $@.figures | tr -d ' ')" && \
-	echo $$seconds > $(STATE)/$*.$(PRESET).seconds && echo 'done $*' >> $(or $(PLAN),/dev/null) && \
+	echo $$seconds > $(STATE)/$*.$(PRESET).seconds && echo "done $* $$seconds" >> $(or $(PLAN),/dev/null) && \
 	touch -r $@.part $@.figures && cat $@.figures >> $@.part && \
 	touch -r $@.figures $@.part && rm $@.figures && mv $@.part $@
 

@@ -283,7 +283,7 @@ def test_make_figs_says_how_far_it_is_goes_on_after_a_failure_and_names_it(copy)
     done = make("figs", "AT_ONCE=2", cwd=copy)
     assert done.returncode
     started = sorted(line[:14] for line in progress(done.stdout))  # at once, in either order
-    assert started == ["[1/2] 05_bad: ", "[2/2] 08_bad: "]
+    assert started == ["[1/2] 08_bad: ", "[2/2] 05_bad: "]
     assert "08_bad: done" in done.stdout and "jobserver" not in done.stderr
     assert "failed: 05_bad (the other" in done.stderr
 
