@@ -116,7 +116,7 @@ SOURCES   := $(shell find steerlib -name '*.py') \
 # How long each notebook takes in a quick run on one core, in seconds: for the time left that a first
 # `make figs` prints. Later ones go by the last run, which leaves build/<name>.quick.seconds. They run
 # in this order: long ones first, so that none is left over at the end.
-QUICK_SECONDS := 08:800 01:700 10:450 13:450 12:300 05:260 03:200 02:196 09:188 04:163 06:125 00:73 07:60 11:15
+QUICK_SECONDS := 08:1730 01:670 02:580 05:550 13:500 03:380 10:360 09:300 04:260 12:170 06:150 00:110 07:80 11:20
 IN_ORDER := $(foreach s,$(QUICK_SECONDS),$(filter $(STATE)/$(firstword $(subst :, ,$(s)))_%,$(DONE)))
 IN_ORDER := $(filter-out $(LAST),$(IN_ORDER) $(filter-out $(IN_ORDER),$(DONE)))
 
@@ -128,7 +128,7 @@ GB      := $(shell { sed -n 's/^MemTotal: *\([0-9]*\)[0-9]\{6\} kB/\1/p' /proc/m
   sysctl -n hw.memsize | sed 's/[0-9]\{9\}$$//'; } 2> /dev/null)
 AT_ONCE ?= $(shell test -z '$(MODEL)$(filter paper,$(PRESET))' -a $(CORES) -gt 1 -a 0$(GB) -ge 20 && echo 2 || echo 1)
 THREADS := $(shell echo $$(($(CORES) / $(AT_ONCE) > 0 ? $(CORES) / $(AT_ONCE) : 1)))
-LARGE   := $(foreach n,06 07 08 09 10 13,$(filter $(STATE)/$(n)_%,$(IN_ORDER)))
+LARGE   := $(foreach n,06 07 08 09 10,$(filter $(STATE)/$(n)_%,$(IN_ORDER)))
 LANES   := $(if $(filter 1,$(AT_ONCE)),lane-all,lane-large lane-small)
 all   := $(IN_ORDER)
 large := $(filter $(LARGE),$(IN_ORDER))
