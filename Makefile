@@ -157,7 +157,7 @@ NOTEBOOK_ENV = JUPYTER_PREFER_ENV_PATH=1 PRESET=$(PRESET) STEERLIB_FIGS='$(call 
 PLAN    :=
 AFTER   :=
 IN_LANE :=
-HANDED := --no-print-directory AT_ONCE='$(AT_ONCE)' PRESET='$(PRESET)' MODEL='$(MODEL)' FIGS='$(FIGS)' SVG='$(SVG)'
+HANDED := -s --no-print-directory AT_ONCE='$(AT_ONCE)' PRESET='$(PRESET)' MODEL='$(MODEL)' FIGS='$(FIGS)' SVG='$(SVG)'
 
 lane-%:
 	@$(if $($*),$(MAKE) -k $(HANDED) PLAN='$(PLAN)' IN_LANE=1 $($*),:)
