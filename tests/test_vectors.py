@@ -338,7 +338,10 @@ def test_arithmetic() -> None:
             lambda m: sl.SteeringVector.from_prompts(m, "a", "b", layer=1, pad="zqx"),
             "'zqx' is 3 to",
         ),
-        (lambda m: sl.SteeringVector.from_prompts(m, "a", "b", layer=1, pad=""), "'' is 0 tokens"),
+        (
+            lambda m: sl.SteeringVector.from_prompts(m, "a", "b", layer=1, pad=""),
+            "continuation '' is empty",
+        ),
         (lambda m: sl.SteeringVector.from_pairs(m, []), "balanced.*no pair"),
         (lambda m: sl.SteeringVector.from_pairs(m, [("a", "b"), ("c",)]), "1 prompt.* in pair 1"),
         (lambda m: sl.SteeringVector.from_pairs(m, [("a", "b", "c")]), "3 prompt.* in pair 0"),
