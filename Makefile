@@ -296,7 +296,7 @@ lint: $(DEV) ## check style and types
 	@"$(PY)" -m mypy steerlib
 	@"$(VENV)/bin/lint-imports" > $(VENV)/imports.log || { cat $(VENV)/imports.log >&2; exit 1; }
 
-check: lint ## style, types and the quick tests, some 90 s; ARGS=tests/engine for a part
+check: lint ## style, types and the quick tests, some two minutes; ARGS=tests/engine for a part
 	@$(PYTEST) -q $(ARGS) -m 'not browser and not slow and not thorough'
 
 bench: $(DEV) ## measure speed, beside steering-vectors and repeng
