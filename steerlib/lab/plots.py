@@ -357,6 +357,11 @@ def forest(
                 ax.plot(
                     part[column], row, mark, color="#8C8C8C", label=label, markersize=7, zorder=2
                 )
+            for label in places.keys() - set(part[y]):
+                ax.text(
+                    0.98, places[label], "not measured", transform=ax.get_yaxis_transform(),
+                    ha="right", va="center", color="#767676", fontsize="small",
+                )  # fmt: skip
             true = np.ones(len(part), bool) if colour is None else part[colour].to_numpy(bool)
             for chosen, label, paint, face in (
                 (true, "works", COLOURS["steered"], COLOURS["steered"]),

@@ -192,6 +192,15 @@ def test_forest_shows_every_row_and_clips() -> None:
     assert legend.y0 > line.get_window_extent().y0  # the caption below it
 
 
+def test_forest_says_what_was_not_measured() -> None:
+    rows = [("1", "m", "yes", 1, 0, 2), ("2", "m", "yes", 1, 0, 2), ("2", "n", "yes", 1, 0, 2)]
+    frame = pd.DataFrame(rows, columns="row model group effect low high".split())
+    first, second = plots.forest(frame, "row", "model", "group", xlabel="nats").axes
+    assert "not measured" not in {text.get_text() for text in first.texts}
+    (said,) = [text for text in second.texts if text.get_text() == "not measured"]
+    assert said.get_position()[1] == second.get_yticks()[0]  # in the row of "1"
+
+
 # ---------------------------------------------------------------- honesty
 
 
