@@ -70,23 +70,6 @@ def projections(
     return labels.assign(**found)
 
 
-def best_component(acts: torch.Tensor, n_components: int = 3) -> tuple[str, torch.Tensor]:
-    """Of the first principal components of the differences, the one that tells pairs apart best.
-
-    Args:
-        acts: ``[pair, 2, d_model]``, balanced; the choice is made on these pairs, so its accuracy
-            on them is no held-out number.
-
-    Returns:
-        Its method (``pc1``, ``pc2``, ...) and its unit direction ``[d_model]``.
-
-    Source: the honesty repository, which steers by the component that separates honest answers.
-    """
-    found = unit_directions(acts, [f"pc{k}" for k in range(1, n_components + 1)])
-    best = max(found, key=lambda name: pair_accuracy(acts, found[name])[0])
-    return best, found[best]
-
-
 # ---------------------------------------------------------------- differences of pairs
 
 

@@ -11,7 +11,6 @@ import steerlib as sl
 from steerlib.directions import principal_components, unit_directions
 from steerlib.measure.probes import (
     accuracy_table,
-    best_component,
     by_twin,
     chosen_layers,
     component_table,
@@ -305,18 +304,6 @@ def test_a_probe_that_finds_nothing_is_zero_and_a_coin_toss() -> None:
     labels = labels.sort_values(["id", "honest"], ascending=[True, False], ignore_index=True)
     table = sl.layer_accuracy(acts[:, :, None], labels, methods=["logistic"], n_controls=2)
     assert (table[table.method == "logistic"].accuracy == 0.5).all()
-
-
-def test_best_component_is_the_planted_one() -> None:
-    """A long axis that says nothing of the pair, and a short one that does."""
-    generator = torch.Generator().manual_seed(0)
-    acts = 0.1 * torch.randn(60, 2, 12, generator=generator)
-    letter = torch.tensor([1.0, -1.0] * 30)
-    acts[:, 0, 3] += 10 * letter
-    acts[:, 1, 3] -= 10 * letter
-    acts[:, 0, 7] += 1
-    name, direction = best_component(acts)
-    assert name == "pc2" and direction[7] > 0.95
 
 
 def test_projections_are_on_unit_vectors() -> None:
