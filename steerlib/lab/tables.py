@@ -107,14 +107,14 @@ def alignment(table: pd.DataFrame, width: int = 10) -> HTML:
 
     Args:
         width: how many positions stand side by side; longer tables go on below. The prompt is shown
-            as far as vectors reach, and a little further.
+            as far as vectors reach, and a little further; without a vector, whole.
     """
     shown = table.map(lambda cell: html.escape(str(cell)).replace(" ", "␣") if cell else "")
     about = ["vector", "layer", "coefficient"]
     shown[about] = table[about].map(lambda cell: html.escape(str(cell)))
     places = list(shown.columns[3:])
     touched = [i for i, place in enumerate(places) if (shown[place][1:] != "").any()]
-    end = max(touched, default=0) + 3
+    end = max(touched, default=len(places)) + 3
     end = len(places) if len(places) <= max(end, width) else end
     blocks = [shown[[*about, *places[i : min(i + width, end)]]] for i in range(0, end, width)]
     rest = len(places) - end
