@@ -34,6 +34,8 @@ def write_api(folder: Path) -> None:
                 thing = getattr(steerlib, n)
                 if hasattr(thing, "__qualname__"):
                     page += entry("obj", n, f"{thing.__module__}.{thing.__qualname__}", thing)
+                else:
+                    page += entry("mod", n, thing.__name__, thing)
         if below := [n for n in names if n.rpartition(".")[0] == name]:
             page += "\nModules\n-------\n\n"
             page += "".join(entry("mod", n, n, import_module(n)) for n in below)
@@ -62,6 +64,13 @@ def write_notebooks(folder: Path) -> None:
     (folder / "index.md").write_text(index, "utf-8")
 
 
+def links(app: Any, page: str, source: list[str]) -> None:
+    """What leads to a file of the repository in docs/*.md leads to its page here."""
+    if "/" not in page:
+        source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+        source[0] = source[0].replace("](../CONTRIBUTING.md", "](contributing.md")
+
+
 def setup(app: Any) -> None:
     """Make all of them anew: Sphinx calls this before it reads a page."""
     docs = Path(app.srcdir)
@@ -71,4 +80,6 @@ def setup(app: Any) -> None:
         fill(docs / name)
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     files = re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?:|#)", r"\1path:../", text)
+    files = files.replace("](path:../docs/", "](")
     (docs / "contributing.md").write_text(files, "utf-8")
+    app.connect("source-read", links)
