@@ -132,13 +132,20 @@ def counts_from_end(at: Where) -> bool:
 
 
 class Gate(NamedTuple):
-    """What an intervention waits for: the prompt's projection passes a threshold."""
+    """What an intervention waits for: the prompt's projection passes a threshold.
+
+    Attributes:
+        layer, site: where in the stream it is read.
+        unit: the direction, ``[d_model]``, of length 1.
+        threshold: in units of the stream.
+        position: of the prompt; negative: from its end.
+    """
 
     layer: int
     site: str
-    unit: torch.Tensor  # [d_model], of length 1
-    threshold: float  # in units of the stream
-    position: int  # of the prompt; negative: from its end
+    unit: torch.Tensor
+    threshold: float
+    position: int
 
     @property
     def point(self) -> str:

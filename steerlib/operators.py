@@ -53,7 +53,7 @@ class Ablate(_Directed):
         vector: one position.
         at: as for `Add`.
         to: ``zero`` or ``mean``.
-        mean: for ``to="mean"``: the mean stream ``m`` of the prompts that should be looked like
+        mean: for ``to="mean"``: the mean stream ``m`` of prompts to which the stream is made alike
             (`SteeringVector.from_mean`), or its projection ``m · v`` as a number.
 
     Raises:
@@ -225,6 +225,7 @@ class Rotate(_Directed):
 
     @staticmethod
     def apply(stream: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+        """The part of the stream in the plane of ``e1`` and ``e2``, turned."""
         e1, e2, numbers = operands
         h = _wide(stream)
         cos, sin, absolute = numbers.split(1, dim=-1)

@@ -538,10 +538,15 @@ class SteeringVector:
 
 
 class Control(NamedTuple):
-    """The name of a matched control: its columns in a table."""
+    """The name of a matched control: its columns in a table.
 
-    family: str  # random | unrelated
-    control: str  # seed, or the unrelated text
+    Attributes:
+        family: ``random`` or ``unrelated``.
+        control: the seed, or the unrelated text.
+    """
+
+    family: str
+    control: str
 
 
 # Each begins with another word, so that short vectors differ as well; none is about what the

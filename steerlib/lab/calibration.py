@@ -23,10 +23,15 @@ STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
 
 
 class Budget(NamedTuple):
-    """What steering may cost, in nats."""
+    """What steering may cost, in nats.
 
-    kl: float = 0.5  # mean KL(steered || unsteered) of the next token on neutral prompts
-    entanglement: float = float("inf")  # RMS over the other behaviours of the mean effect on each
+    Attributes:
+        kl: mean KL(steered || unsteered) of the next token on neutral prompts.
+        entanglement: root mean square, over the other behaviours, of the mean effect on each.
+    """
+
+    kl: float = 0.5
+    entanglement: float = float("inf")
 
 
 class Dose(NamedTuple):

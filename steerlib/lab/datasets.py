@@ -1,5 +1,5 @@
-"""The data that ships with this repository (`data/`, described in `data/README.md`), public sets
-by their address, and contrast pairs made from either."""
+"""The data that ships with this repository (``data/``, described in ``data/README.md``), public
+sets by their address, and contrast pairs made from either."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def result_paths(kind: str) -> dict[str, Path]:
 
 
 def load(name: str) -> pd.DataFrame:
-    """A table of `data/` by name, such as ``demonstrations``; spaces and empty cells as written.
+    """A table of ``data/`` by name, such as ``demonstrations``; spaces and empty cells as written.
 
     Raises:
         ValueError: no such table, or the file is damaged (rows of different length).
@@ -70,7 +70,7 @@ def load(name: str) -> pd.DataFrame:
 
 
 def words(name: str) -> list[str]:
-    """A word list of `data/` by name, such as ``wedding`` for ``wedding_words.txt``.
+    """A word list of ``data/`` by name, such as ``wedding`` for ``wedding_words.txt``.
 
     Raises:
         ValueError: no such list.

