@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from steerlib.lab import claims, datasets, demonstrations, provenance, tables
+from steerlib.lab import claims, datasets, provenance, tables
 
 ROOT = Path(__file__).parents[2]
 SMALL, LARGE = "smollm2-135m", "qwen2.5-coder-1.5b"
@@ -209,7 +209,7 @@ def test_the_readme_in_short_follows_from_the_verdicts() -> None:
         assert re.search(rf"{found} (?:in a model|in one) of {size}", text), (model, found)
     models = shown[shown.works].groupby("demonstration").model.agg(set)
     everywhere = [name for name, those in models.items() if those == set(sizes)]
-    assert everywhere == IN_ALL
+    assert everywhere == ["10", "13"]  # Christianity, Je m'appelle
     assert models["1"] == {LARGE}
     found = claims.main_claims(claims.summary(claims.read(ROOT / "figs")))
     verdicts = found[found.model == LARGE].set_index("claim").verdict
