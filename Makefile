@@ -116,7 +116,7 @@ SOURCES   := $(shell find steerlib -name '*.py') \
 # How long each notebook takes in a quick run on one core, in seconds: for the time left that a first
 # `make figs` prints. Later ones go by the last run, which leaves build/<name>.quick.seconds. They run
 # in this order: long ones first, so that none is left over at the end.
-QUICK_SECONDS := 08:1730 01:670 02:580 05:550 13:500 03:380 10:360 09:300 04:260 12:170 06:150 00:110 07:80 11:20
+QUICK_SECONDS := 08:1730 01:790 13:500 05:430 02:400 03:380 10:360 09:300 04:290 12:170 06:150 00:120 07:80 11:20
 IN_ORDER := $(foreach s,$(QUICK_SECONDS),$(filter $(STATE)/$(firstword $(subst :, ,$(s)))_%,$(DONE)))
 IN_ORDER := $(filter-out $(LAST),$(IN_ORDER) $(filter-out $(IN_ORDER),$(DONE)))
 
