@@ -453,7 +453,7 @@ def verdicts(
         return figure
 
 
-LEFT, THEIRS, FIRST = 0.0, 0.43, 0.57  # where the columns of `verdicts` begin
+LEFT, THEIRS, FIRST = 0.0, 0.4, 0.515  # where the columns of `verdicts` begin
 
 
 def _source_block(
