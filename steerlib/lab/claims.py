@@ -181,8 +181,9 @@ def sentences(tests: pd.DataFrame, demonstrations: pd.DataFrame) -> list[str]:
         demonstrations: as `demonstrations.summary` returns it.
 
     Returns:
-        Five sentences in Markdown. All but the one on size are about each source in the model in
-        which most of its claims were measured. Claims beyond the sources are not counted.
+        Five sentences in Markdown. But for the main claims that hold, and the sentence on size,
+        they are about each source in the model in which most of its claims were measured. Claims
+        beyond the sources are not counted.
     """
     tests = of_sources(tests)
     table = summary(tests)
@@ -194,9 +195,9 @@ def sentences(tests: pd.DataFrame, demonstrations: pd.DataFrame) -> list[str]:
     n, still = all_kinds.loc["a change"], all_kinds.loc["no change"]
     counted = all_kinds.sum()
     return [
-        f"**What holds.** Reproduced are, among the main claims, {_named(own, 'reproduced')}; of "
-        f"all claims, {n.reproduced} of the {n['of']} that something changes, and "
-        f"{still.reproduced} of the {still['of']} that nothing changes, which a vector without any "
+        f"**What holds.** Reproduced are, among the main claims, {_named(table, 'reproduced')}; "
+        f"of all claims, in the model with most of them, {n.reproduced} of the {n['of']} that "
+        f"something changes, and {still.reproduced} of the {still['of']} that nothing changes, which a vector without any "
         "effect would pass too.",
         f"**What does not.** Not seen, weaker than half the source's number or opposite are, among "
         f"the main claims, {_named(own, 'weaker', 'not seen', 'opposite')}; of all "
