@@ -197,8 +197,8 @@ def sentences(tests: pd.DataFrame, demonstrations: pd.DataFrame) -> list[str]:
     return [
         f"**What holds.** Reproduced are, among the main claims, {_named(table, 'reproduced')}; "
         f"of all claims, in the model with most of them, {n.reproduced} of the {n['of']} that "
-        f"something changes, and {still.reproduced} of the {still['of']} that nothing changes, which a vector without any "
-        "effect would pass too.",
+        f"something changes, and {still.reproduced} of the {still['of']} that nothing changes, "
+        "which a vector without any effect would pass too.",
         f"**What does not.** Not seen, weaker than half the source's number or opposite are, among "
         f"the main claims, {_named(own, 'weaker', 'not seen', 'opposite')}; of all "
         f"{counted['of']}, {counted.weaker} are weaker, {counted['not seen']} not seen, "
