@@ -122,11 +122,11 @@ IN_ORDER := $(filter-out $(LAST),$(IN_ORDER) $(filter-out $(IN_ORDER),$(DONE)))
 
 # Two notebooks at a time, each on half of the cores, are done sooner than one after the other on all,
 # where there is memory for both (20 GB). Those of the largest packaged model wait for each other. A
-# model of one's own gets all there is.
+# model of one's own gets all there is, and so does the notebook of a single figure.
 CORES   := $(shell getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1)
 GB      := $(shell { sed -n 's/^MemTotal: *\([0-9]*\)[0-9]\{6\} kB/\1/p' /proc/meminfo || \
   sysctl -n hw.memsize | sed 's/[0-9]\{9\}$$//'; } 2> /dev/null)
-AT_ONCE ?= $(shell test -z '$(MODEL)$(filter paper,$(PRESET))' -a $(CORES) -gt 1 -a 0$(GB) -ge 20 && echo 2 || echo 1)
+AT_ONCE ?= $(shell test -z '$(MODEL)$(filter paper,$(PRESET))$(filter figs/%,$(MAKECMDGOALS))' -a $(CORES) -gt 1 -a 0$(GB) -ge 20 && echo 2 || echo 1)
 THREADS := $(shell echo $$(($(CORES) / $(AT_ONCE) > 0 ? $(CORES) / $(AT_ONCE) : 1)))
 LARGE   := $(foreach n,06 07 08 09 10,$(filter $(STATE)/$(n)_%,$(IN_ORDER)))
 LANES   := $(if $(filter 1,$(AT_ONCE)),lane-all,lane-large lane-small)
