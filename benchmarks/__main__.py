@@ -326,7 +326,7 @@ class Bench:
         (layer,) = direction.layers
         vector = direction.layers[layer][0].to(self.model.cfg.device, model.cfg.dtype)
         n = 4 if self.quick else 40
-        for batch in (1, 8):
+        for batch in (1, 32) if name else (1, 8):
 
             def ours(batch: int = batch) -> None:
                 sl.generate(model, prompt, {"x": everywhere}, batch, n, temperature=0, **QUIET)
@@ -420,7 +420,7 @@ class Bench:
             )
 
     def large(self) -> Iterator[Line]:
-        """14: the large packaged model, in the dtype that is the faster one here."""
+        """14 and part of 9: the large packaged model, in the dtype that is the faster one here."""
         model = sl.load_model(LARGE, dtype="auto", device="cpu")
         kind = model.cfg.dtype
         plain = Peer(model.tokenizer.name_or_path, dtype=kind)
@@ -430,6 +430,8 @@ class Bench:
         rounds, self.rounds = self.rounds, min(self.rounds, 3)
         try:
             yield from self._waits(model, plain, v, name)
+            sizes = ((100, 2),) if self.quick else ((100, 20),)
+            yield from self._limits(model, plain, sizes, name)
         finally:
             self.rounds = rounds
 
@@ -475,13 +477,18 @@ class Bench:
 
     def limits(self) -> Iterator[Line]:
         """9: tokens/s against what the machine allows. Here "ours" is what was reached."""
+        sizes = ((1, 8), (100, 4)) if self.quick else ((1, 40), (100, 20), (660, 20))
+        yield from self._limits(self.model, self.plain, sizes)
+
+    def _limits(self, model: Any, plain: Peer, sizes: Any, name: str = "") -> Iterator[Line]:
         kinds = ("Linear", "Conv1D")
-        layers = [m for m in self.plain.model.modules() if type(m).__name__ in kinds]
+        layers = [m for m in plain.model.modules() if type(m).__name__ in kinds]
         widths = [m.weight.shape[type(m).__name__ == "Linear"] for m in layers]
+        weights = layers[0].weight
         size = sum(m.weight.numel() * m.weight.element_size() for m in layers)
-        big = torch.ones(size // 4, device=self.device)
-        for batch, n in ((1, 8), (100, 4)) if self.quick else ((1, 40), (100, 20), (660, 20)):
-            inputs = {k: torch.randn(batch, k).to(big.device, self.dtype) for k in set(widths)}
+        big = torch.ones(size // 4, device=weights.device)
+        for batch, n in sizes:
+            inputs = {k: torch.randn(batch, k).to(weights) for k in set(widths)}
 
             def products(batch: int = batch, inputs: Any = inputs) -> None:
                 if batch == 1:  # as fast as the weights can be read
@@ -490,14 +497,15 @@ class Bench:
                 for layer, width in zip(layers, widths, strict=True):
                     layer(inputs[width])
 
+            def ours(batch: int = batch, n: int = n) -> None:
+                sl.generate(model, self.prompts[0], {"x": None}, batch, n, **QUIET)
+
             with endless(), torch.no_grad():
-                mine, bare = compare(
-                    2, partial(self.ours, {"x": None}, batch, n, self.prompts[0]), products
-                )
+                mine, bare = compare(2, ours, products)
             speed, limit = batch * n / mine, batch / bare
             why = "reading all weights" if batch == 1 else "bare products of the model's shapes"
             yield Line(
-                "9", f"tokens/s at batch {batch} vs {why}, at the same moment", speed, limit,
+                "9", f"{name}tokens/s at batch {batch} vs {why}, at the same moment", speed, limit,
                 "report" if batch == 1 else ">= 75 %",
                 None if batch == 1 else speed >= 0.75 * limit, unit="tok/s",
                 note=f"reached {speed / limit:.0%}",
