@@ -120,5 +120,5 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_machine(tmp_path):
     for (
         word
     ) in "stream position coefficient strength propensity matched-control verdict sink".split():
-        assert f'id="term-{word}"' in glossary
+        assert f'id="{word}"' in glossary
     assert "propens" in (tmp_path / "site" / "searchindex.js").read_text("utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 Stop = str | Sequence[str] | Callable[[str], bool] | None
 Watch = Callable[[list[int], list[int], int], list[tuple[str, Any]]]
 _ROWS_SAMPLED = 64  # at once
-_FAST_ENOUGH = {"cpu": 192}  # rows at once: more took memory and no less time
+_FAST_ENOUGH = {"cpu": 384}  # rows at once that are scored
+_SAMPLED = {"cpu": 192}  # and sampled: more take memory and no less time
 _WORTH_SHARING = 32  # tokens that need not run; fewer would not pay for a pass of their own
 
 
@@ -151,7 +152,7 @@ def run(
     """Complete all rows in place, in batches of similar prompt length."""
     order = sorted(rows, key=lambda r: (len(r.prompt_ids), r.prompt, r.condition, r.sample))
     longest = len(order[-1].prompt_ids) + sampling.max_new_tokens
-    size = batch_size or rows_at_once(model, longest)
+    size = batch_size or rows_at_once(model, longest, _SAMPLED)
     if not batch_size:  # batches of equal size, not a last one of a few rows
         size = math.ceil(len(order) / math.ceil(len(order) / size))
     begin = 0
@@ -570,9 +571,11 @@ def end_tokens(model: TransformerBridge) -> set[int]:
     return {e for e in ends if e is not None}
 
 
-def rows_at_once(model: TransformerBridge, length: int) -> int:
-    """How many rows of ``length`` tokens to run at once: more would not be faster, and they fit
-    into half of the memory that is free now."""
+def rows_at_once(
+    model: TransformerBridge, length: int, most: Mapping[str, int] = _FAST_ENOUGH
+) -> int:
+    """How many rows of ``length`` tokens to run at once: no more than ``most`` on a kind of device,
+    and they fit into half of the memory that is free now."""
     cfg = model.cfg
     device = input_device(model)
     if device.type == "cuda":
@@ -586,7 +589,7 @@ def rows_at_once(model: TransformerBridge, length: int) -> int:
     cache = 2 * cfg.n_layers * heads * cfg.d_head * length * item
     # Cache (twice, while it grows), the logits and their copies in float32, one block's workings.
     row = 2 * cache + 4 * cfg.d_vocab * 4 + length * (cfg.n_heads * length + 8 * cfg.d_model) * 4
-    return int(max(1, min(_FAST_ENOUGH.get(device.type, 1024), free // 2 // row)))
+    return int(max(1, min(most.get(device.type, 1024), free // 2 // row)))
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -169,7 +169,7 @@ def of_sources(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def main_claims(summarised: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``data/main_claims.csv``, with their labels."""
+    """The rows of ``data/main_claims.csv``, with their labels and statements."""
     return summarised.merge(datasets.load("main_claims"), on="claim", validate="many_to_one")
 
 
@@ -264,7 +264,7 @@ def markdown(summarised: pd.DataFrame) -> str:
     for _, rows in main_claims(summarised).groupby("claim", sort=False):
         first, cells = rows.iloc[0], rows.set_index("model")
         seen = [_cell(cells.loc[m]) if m in cells.index else "–" for m in models]
-        lines.append([f"{first.notebook} · {first.source_statement}", first.theirs, *seen])
+        lines.append([f"{first.notebook} · {first.statement}", first.theirs, *seen])
     shape = MARKS["reproduced"][0]
     for part, label in (
         (of_sources(summarised), "**all claims**: reproduced, of those measured"),
@@ -277,8 +277,8 @@ def markdown(summarised: pd.DataFrame) -> str:
     text = "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in x) + " |" for x in lines)
     legend = ", ".join(f"{shape} {name}" for name, (shape, _) in MARKS.items())
     return (
-        f"{text}\n\n{legend} (several tests, not one verdict); – not measured. Source: its number, "
-        "or whether it says that it found this."
+        f"{text}\n\n{legend} (several tests that do not agree); a … b: the range of several tests; "
+        "– not measured. Source: its number, or whether it says that it found this."
     )
 
 

@@ -171,6 +171,7 @@ def test_main_claims_are_claims_with_short_labels() -> None:
     chosen = datasets.load("main_claims")
     said = datasets.load("source_claims").set_index("claim")
     assert chosen.claim.is_unique and set(chosen.claim) <= set(said.index)
+    assert chosen.statement.is_unique and chosen.statement.str.len().between(30, 130).all()
     assert chosen.label.str.len().max() <= 22  # what the figure has room for
     assert set(said.notebook[chosen.claim].astype(str).str.zfill(2)) == set(claims.EXPERIMENTS)
 
@@ -204,14 +205,22 @@ def test_the_readme_in_short_follows_from_the_verdicts() -> None:
     works = shown.groupby("model").works.agg(["sum", "count"])
     sizes = {SMALL: "135 million", "gemma3-270m": "270 million", LARGE: "1.5 billion"}
     assert set(works.index) == set(sizes)
-    for model, size in sizes.items():
-        found = "{sum} of {count}".format(**works.loc[model])
-        assert re.search(rf"{found} (?:in a model|in one) of {size}", text), (model, found)
+    of_all = shown.groupby("demonstration").filter(lambda rows: len(rows) == len(sizes))
+    common = of_all.groupby("model").works.sum()[list(sizes)].tolist()
+    assert f"Of the {len(of_all) // len(sizes)} demonstrations measured in all three" in text
+    assert "{}, {} and {} ".format(*common) + "work, in models of " in text
+    assert "{}, {} and {} parameters".format(*sizes.values()) in text
+    found = ["{sum} of {count}".format(**works.loc[model]) for model in sizes]
+    assert "counting all, {}, {} and {}".format(*found) in text
     models = shown[shown.works].groupby("demonstration").model.agg(set)
     everywhere = [name for name, those in models.items() if those == set(sizes)]
     assert everywhere == ["10", "13"]  # Christianity, Je m'appelle
     assert models["1"] == {LARGE}
-    found = claims.main_claims(claims.summary(claims.read(ROOT / "figs")))
+    table = claims.summary(claims.read(ROOT / "figs"))
+    told = claims.counts(claims.of_sources(table), ["source"]).sum()
+    assert "Half of all verdicts are *cannot tell*" in text
+    assert 0.45 < told["cannot tell"] / told["of"] < 0.55
+    found = claims.main_claims(table)
     verdicts = found[found.model == LARGE].set_index("claim").verdict
     assert verdicts["plus-affirms"] == "reproduced"
     assert verdicts["dilemmas-minus-dishonest"] != "reproduced"

@@ -143,7 +143,7 @@ class AppPanel(SteeringPanel):
         found = presets.gallery(name)
         works = {
             True: f"work in {name}",
-            False: "were measured there, and cannot be told from noise",
+            False: "were measured there, and do not stand clear of their controls",
         }
         parts: list[ipw.Widget] = []
         for does, said in works.items():

@@ -167,10 +167,10 @@ class Preset(NamedTuple):
 
     def said(self) -> str:
         """How it did, in a sentence."""
-        verdict = "It works" if self.works else "It cannot be told from noise here"
+        verdict = "It works" if self.works else "It does not stand clear of its controls"
         return (
             f"{self.label}: {self.effect:+.1f} nats [{self.low:.1f}, {self.high:.1f}] on {self.n} "
-            f"test prompts, vectors of its size that mean nothing up to {self.noise:+.1f}. "
+            f"test prompts, controls of its size up to {self.noise:+.1f}. "
             f"{verdict}."
         )
 

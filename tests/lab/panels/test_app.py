@@ -223,7 +223,7 @@ def test_a_preset_sets_every_control_and_says_how_it_did(model: Any) -> None:
 def test_what_does_not_work_stands_apart(model: Any) -> None:
     p = panel(model)
     works, first, rest, second = p._gallery.children
-    assert "work in" in works.value and "cannot be told from noise" in rest.value
+    assert "work in" in works.value and "do not stand clear of their controls" in rest.value
     assert [b.description for b in first.children] == ["weddings", "dragons", "past"]
     assert [b.description for b in second.children] == ["love"]
     assert all("9 test prompts" in b.tooltip for b in (*first.children, *second.children))

@@ -50,7 +50,7 @@ def test_every_preset_says_how_it_did() -> None:
             said = preset.said()
             assert f"{preset.effect:+.1f} nats" in said and f"{preset.n} test prompts" in said
             assert ("It works" in said) == preset.works
-            assert ("cannot be told from noise" in said) != preset.works
+            assert ("does not stand clear" in said) != preset.works
 
 
 def test_a_model_without_results_has_no_gallery() -> None:
