@@ -80,17 +80,13 @@ def gate_rates(passing: Numbers, others: Numbers, threshold: float) -> pd.DataFr
         interval), n (prompts).
 
     Raises:
-        ValueError: the threshold lies outside the projections.
+        ValueError: a kind without a prompt.
     """
     import pandas as pd
 
     yes, no = np.asarray(passing, float), np.asarray(others, float)
-    together = np.concatenate([yes, no])
-    if not together.min() <= threshold < together.max():
-        raise ValueError(
-            f"The threshold {threshold:.4g} lies outside the projections, {together.min():.4g} to "
-            f"{together.max():.4g}: all of these prompts would pass, or none."
-        )
+    if not yes.size or not no.size:
+        raise ValueError(f"Rates need prompts of both kinds, got {yes.size} and {no.size}.")
     rows = [
         (rate, *proportion_interval(int((x > threshold).sum()), len(x)), len(x))
         for rate, x in (("true positive", yes), ("false positive", no))
